@@ -1,0 +1,10 @@
+#pragma once
+#include <nanobind/nanobind.h>
+
+namespace moestream {
+
+void bind_io(nanobind::module_& m);        // io.cpp: the reader
+void bind_matrix(nanobind::module_& m);    // matrix.cpp: everything that multiplies by an encoded matrix
+void bind_sequence(nanobind::module_& m);  // sequence.cpp: norms, routing, attention, gated delta-net
+
+}  // namespace moestream

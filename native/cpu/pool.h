@@ -1,0 +1,74 @@
+// The compute threads. One pool per process; the calling thread is member 0.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace moestream {
+
+// Thread rule: `run` may be called by one thread at a time (callers are serialised by a mutex);
+// the body runs on every member at once and must not throw or call back into the pool.
+class Pool {
+public:
+    explicit Pool(int threads);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+    // Calls body(member, size()) on every member and returns when all are done.
+    template <class Body>
+    void run(Body&& body) {
+        run_raw([](void* context, int member,
+                   int size) { (*static_cast<std::remove_reference_t<Body>*>(context))(member, size); },
+                &body);
+    }
+
+    // Calls body(begin, end) over [0, count) in chunks of about `grain`, handed out dynamically so that a
+    // member slowed by a neighbour does less.
+    template <class Body>
+    void parallel_for(int64_t count, int64_t grain, Body&& body) {
+        if (count <= 0) return;
+        if (grain < 1) grain = 1;
+        if (workers_.empty() || count <= grain) {
+            body(int64_t{0}, count);
+            return;
+        }
+        std::atomic<int64_t> next{0};
+        run([&](int, int) {
+            for (;;) {
+                const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+                if (begin >= count) return;
+                body(begin, begin + grain < count ? begin + grain : count);
+            }
+        });
+    }
+
+private:
+    using Raw = void (*)(void*, int, int);
+    void run_raw(Raw body, void* context);
+    void work(int member);
+
+    std::vector<std::thread> workers_;
+    std::mutex callers_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::atomic<uint64_t> generation_{0};
+    std::atomic<int> running_{0};
+    std::atomic<int> sleeping_{0};
+    std::atomic<bool> stop_{false};
+    Raw body_ = nullptr;
+    void* context_ = nullptr;
+};
+
+// The process's pool; made with 1 thread until set_threads is called.
+Pool& pool();
+void set_threads(int threads);
+
+}  // namespace moestream

@@ -1,0 +1,50 @@
+"""How a model is run. Built once, checked at once, never changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moestream.errors import ConfigError
+
+CacheMode = Literal["arena", "page", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Settings of a loaded model.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the field.
+    """
+
+    ram: int | None = None
+    """Memory budget of the whole process in bytes; None: from free memory and the cgroup limit."""
+    threads: int | None = None
+    """Compute threads; None: from CPU affinity and the cgroup quota."""
+    cache: CacheMode = "arena"
+    """``arena``: direct reads into slots kept by LFRU. ``page``: buffered reads, trust the OS. ``none``: keep nothing."""
+    exact: bool = False
+    """Float32 activations and KV cache instead of int8 and float16."""
+    active_experts: int | None = None
+    """Use fewer experts than the model was trained with (lossy)."""
+    prefill_chunk: int = 512
+    """Tokens of a prompt processed in one sweep over the layers."""
+    max_batch: int = 8
+    """Sequences decoded together."""
+    context: int | None = None
+    """Tokens of state the budget must hold per sequence; None: min(model's limit, 8192)."""
+    io_threads: int = 8
+    """Reads in flight."""
+    backend: Literal["auto", "cpu", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Reject what could only fail later."""
+        for name in ("ram", "threads", "active_experts", "prefill_chunk", "max_batch", "context", "io_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.cache not in ("arena", "page", "none"):
+            raise ConfigError(f"cache must be arena, page or none, got {self.cache!r}")
+        if self.backend not in ("auto", "cpu", "reference"):
+            raise ConfigError(f"backend must be auto, cpu or reference, got {self.backend!r}")
