@@ -1,0 +1,55 @@
+"""What one forward pass works on: rows of several sequences, and where each sequence's rows lie.
+
+Shape letters: T rows of the batch, N rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moestream.errors import ReadError
+from moestream.models.states import SequenceStates
+from moestream.ops.base import I32
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The consecutive rows ``start .. start + length`` of a batch that belong to one sequence."""
+
+    states: SequenceStates
+    start: int
+    length: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of one forward pass. ``failures`` is filled by it; the states advance with it."""
+
+    ids: I32  # [T]
+    positions: I32  # [T]
+    segments: tuple[Segment, ...]
+    logits_rows: I32  # [N]
+    failures: list[tuple[int, ReadError]] = field(default_factory=list)
+    """(row, error): an expert that the row needed could not be read, so its logits are worthless."""
+
+    @classmethod
+    def of(cls, chunks: Sequence[tuple[Sequence[int] | I32, SequenceStates]], all_logits: bool = False) -> Batch:
+        """Lay out the next tokens of some sequences, each going on where its states stand.
+
+        Args:
+            chunks: next ids of each sequence and its states.
+            all_logits: logits of every row instead of the last row of each sequence.
+        """
+        segments, ids, positions = [], [], []
+        start = 0
+        for tokens, states in chunks:
+            segments.append(Segment(states, start, len(tokens)))
+            ids.append(np.asarray(tokens, dtype=np.int32))
+            positions.append(np.arange(states.length, states.length + len(tokens), dtype=np.int32))
+            start += len(tokens)
+        last = np.array([s.start + s.length - 1 for s in segments], dtype=np.int32)
+        rows = np.arange(start, dtype=np.int32) if all_logits else last
+        return cls(np.concatenate(ids), np.concatenate(positions), tuple(segments), rows)
