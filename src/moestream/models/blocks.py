@@ -1,0 +1,184 @@
+"""The blocks that layers are made of, written once for all architectures.
+
+Shape letters: as in ``ops/base.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from moestream.errors import MoestreamError, ReadError
+from moestream.models.batch import Batch
+from moestream.ops.base import F32, I32, AttentionParams, DeltaNetParams, DeltaState, KVCache, Matrix, Ops, Wave
+
+RouterOverride = Callable[[int, int], I32]
+"""(layer, T) -> expert ids [T, k] to use instead of the router's choice."""
+
+
+class ExpertStream(Protocol):
+    """The experts of one layer of one step, as their bytes arrive."""
+
+    failures: Sequence[tuple[I32, ReadError]]
+    """After the loop: pairs whose expert could not be read. Every other pair was in exactly one wave."""
+
+    def __iter__(self) -> Iterator[Wave]:
+        """Yield experts that are in memory; a wave is valid until the next one is asked for."""
+
+
+class ExpertSource(Protocol):
+    """Where experts come from: the streaming store, or anything that yields the same waves."""
+
+    def stream(self, layer: int, ids: I32) -> ExpertStream:
+        """Submit every read that ids [T, k] need of ``layer``, and return at once."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What the blocks share during one forward pass."""
+
+    ops: Ops
+    experts: ExpertSource
+    active: int  # k
+    router_override: RouterOverride | None
+    batch: Batch
+    cos: F32  # [T, R / 2]
+    sin: F32  # [T, R / 2]
+    scratch: Scratch
+
+
+@dataclass(slots=True)
+class Scratch:
+    """Memory for expert outputs, reused by all layers."""
+
+    rows: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    def take(self, rows: int, cols: int) -> F32:
+        """Uninitialised [rows, cols], valid until the next call."""
+        if self.rows.shape[0] < rows or self.rows.shape[1] != cols:
+            self.rows = np.empty((rows, cols), np.float32)
+        return self.rows[:rows]
+
+
+class Mixer(Protocol):
+    """Mixes the rows of each sequence: [T, H] -> [T, H], advancing the layer's states."""
+
+    def forward(self, h: F32, layer: int, step: Step) -> F32:
+        """Output to be added to the residual."""
+
+
+class Mlp(Protocol):
+    """Works on each row alone."""
+
+    def forward(self, x: F32, h: F32, layer: int, step: Step) -> F32:
+        """Residual x [T, H] plus the MLP of h [T, H] -> [T, H]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Causal grouped-query attention."""
+
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    params: AttentionParams
+
+    def forward(self, h: F32, layer: int, step: Step) -> F32:
+        """Attend within each sequence: [T, H] -> [T, H]."""
+        q, k, v = step.ops.linear(h, [self.q, self.k, self.v])
+        out = []
+        for s in step.batch.segments:
+            cache = s.states.layers[layer]
+            assert isinstance(cache, KVCache)
+            own = slice(s.start, s.start + s.length)
+            out.append(step.ops.attention(q[own], k[own], v[own], step.cos[own], step.sin[own], self.params, cache))
+        return step.ops.linear(_joined(out), [self.o])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Gated delta-net."""
+
+    qkv: Matrix
+    z: Matrix
+    b: Matrix
+    a: Matrix
+    out: Matrix
+    params: DeltaNetParams
+
+    def forward(self, h: F32, layer: int, step: Step) -> F32:
+        """Advance the state of each sequence: [T, H] -> [T, H]."""
+        u, z, b, a = step.ops.linear(h, [self.qkv, self.z, self.b, self.a])
+        out = []
+        for s in step.batch.segments:
+            state = s.states.layers[layer]
+            assert isinstance(state, DeltaState)
+            own = slice(s.start, s.start + s.length)
+            out.append(step.ops.delta_net(u[own], z[own], b[own], a[own], self.params, state))
+        return step.ops.linear(_joined(out), [self.out])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """SwiGLU."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+    def forward(self, x: F32, h: F32, layer: int, step: Step) -> F32:
+        """Compute x + mlp(h)."""
+        return x + step.ops.swiglu(h, self.gate, self.up, self.down)
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """Routed experts, and a shared expert behind a sigmoid gate if the model has one."""
+
+    router: Matrix
+    shared: DenseMlp | None
+    shared_gate: Matrix | None
+    renormalise: bool
+
+    def forward(self, x: F32, h: F32, layer: int, step: Step) -> F32:
+        """Compute x + experts(h); rows whose expert could not be read go into ``batch.failures``.
+
+        Raises:
+            MoestreamError: the source lost a routed pair without reporting a failure.
+        """
+        ops, k = step.ops, step.active
+        gates = [self.router] if self.shared_gate is None else [self.router, self.shared_gate]
+        logits, *shared_gate = ops.linear(h, gates)
+        ids, weights = self._route(logits, layer, step)
+        stream = step.experts.stream(layer, ids)  # submits every read; the shared expert is computed meanwhile
+        shared = None
+        if self.shared is not None:
+            shared = ops.swiglu(h, self.shared.gate, self.shared.up, self.shared.down)
+        out = step.scratch.take(ids.size, h.shape[1])
+        done = 0
+        for wave in stream:
+            ops.experts(h, wave, k, out)
+            done += len(wave.pairs)
+        for pairs, error in stream.failures:
+            out[pairs] = 0.0
+            done += len(pairs)
+            step.batch.failures.extend((int(row), error) for row in np.unique(np.asarray(pairs) // k))
+        if done != ids.size:
+            raise MoestreamError(f"layer {layer}: the expert store served {done} of {ids.size} routed pairs")
+        return ops.combine(x, out, weights, shared, shared_gate[0] if shared_gate else None)
+
+    def _route(self, logits: F32, layer: int, step: Step) -> tuple[I32, F32]:
+        """Expert ids and weights [T, k]; imposed ids get the softmax over their own logits."""
+        if step.router_override is None:
+            return step.ops.route(logits, step.active, self.renormalise)
+        imposed = step.router_override(layer, len(logits))
+        order, weights = step.ops.route(np.take_along_axis(logits, imposed, axis=1), step.active, True)
+        return np.take_along_axis(imposed, order, axis=1), weights
+
+
+def _joined(rows: list[F32]) -> F32:
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)

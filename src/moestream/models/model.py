@@ -1,0 +1,115 @@
+"""The forward pass: embedding, layers, output head.
+
+Shape letters: as in ``ops/base.py``; additionally N rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moestream.errors import ConfigError
+from moestream.models.batch import Batch
+from moestream.models.blocks import ExpertSource, Mixer, Mlp, RouterOverride, Scratch, Step
+from moestream.models.config import ModelConfig
+from moestream.models.states import SequenceStates
+from moestream.ops.base import F32, I32, Matrix, Ops
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer. Norm weights already hold 1 + w where the model stores w."""
+
+    mixer_norm: F32  # [H]
+    mixer: Mixer
+    mlp_norm: F32  # [H]
+    mlp: Mlp
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Everything of a model that stays resident."""
+
+    embed: Matrix  # [V, H]
+    layers: tuple[Layer, ...]
+    norm: F32  # [H]
+    head: Matrix  # [V, H]
+
+
+class Model:
+    """A model ready to run. Not thread-safe: one forward pass at a time.
+
+    Attributes:
+        config: what the model is.
+        active_experts: experts used per token; fewer than ``config.moe.active`` is lossy.
+        observe: called with (layer, residual [T, H]) after each layer; for tests.
+        router_override: imposes expert ids; for benchmarks that need a given routing.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: Weights,
+        experts: ExpertSource,
+        active_experts: int | None = None,
+    ) -> None:
+        """Join the resident weights with a source of experts.
+
+        Raises:
+            ConfigError: more active experts than the model has.
+        """
+        self.config = config
+        self.ops = ops
+        self.experts = experts
+        self.active_experts = config.moe.active if active_experts is None else active_experts
+        if not 1 <= self.active_experts <= config.moe.experts:
+            raise ConfigError(f"active_experts is {active_experts}, the model has {config.moe.experts} experts")
+        self.observe: Callable[[int, F32], None] | None = None
+        self.router_override: RouterOverride | None = None
+        self._weights = weights
+        self._scratch = Scratch()
+        pairs = np.arange(0, config.attention.rotary_dim, 2)
+        self._frequencies = config.attention.rope_theta ** (-pairs / config.attention.rotary_dim)  # [R / 2]
+
+    def new_states(self, limit: int | None = None) -> SequenceStates:
+        """Empty states of a sequence planned for ``limit`` tokens."""
+        return SequenceStates(self.config, self.ops.exact, limit)
+
+    def forward(self, batch: Batch) -> F32:
+        """Run the rows of a batch; logits [N, V] of ``batch.logits_rows``.
+
+        Advances the states of every segment and appends unreadable experts to ``batch.failures``. Non-finite values
+        spread within their sequence only, and are the caller's to find in the logits.
+        """
+        for segment in batch.segments:
+            segment.states.reserve(segment.length)
+        with np.errstate(all="ignore"):
+            x = self._residual(batch)
+            logits = self._logits(x, batch.logits_rows)
+        for segment in batch.segments:
+            segment.states.length += segment.length
+        return logits
+
+    def _residual(self, batch: Batch) -> F32:
+        """The residual stream after the last layer [T, H]."""
+        ops = self.ops
+        angles = batch.positions[:, None] * self._frequencies  # [T, R / 2], float64: exact at any position
+        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        step = Step(ops, self.experts, self.active_experts, self.router_override, batch, cos, sin, self._scratch)
+        x = ops.embed(batch.ids, self._weights.embed)
+        for i, layer in enumerate(self._weights.layers):
+            x = x + layer.mixer.forward(ops.rms_norm(x, layer.mixer_norm, self.config.eps), i, step)
+            x = layer.mlp.forward(x, ops.rms_norm(x, layer.mlp_norm, self.config.eps), i, step)
+            if self.observe is not None:
+                self.observe(i, x)
+        return x
+
+    def _logits(self, x: F32, rows: I32) -> F32:
+        """Logits of some rows: [T, H] -> [N, V]."""
+        if not len(rows):
+            return np.empty((0, self.config.vocab_size), np.float32)
+        h = self.ops.rms_norm(x[rows], self._weights.norm, self.config.eps)
+        return self.ops.linear(h, [self._weights.head])[0]
