@@ -1,0 +1,240 @@
+#include "io/reader.h"
+
+#include <cerrno>
+#include <stdexcept>
+
+namespace moestream {
+namespace {
+
+// Larger ranges are spread over threads so that one expert lands sooner; smaller pieces cost more calls.
+constexpr int64_t kPiece = int64_t{2} << 20;
+
+}  // namespace
+
+Reader::Reader(int threads) {
+    if (threads < 1) throw std::invalid_argument("reader threads must be at least 1");
+    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+}
+
+Reader::~Reader() { close(); }
+
+int64_t Reader::open(const std::string& path, bool direct) {
+    auto file = std::make_unique<File>(path, direct);
+    std::lock_guard lock(mutex_);
+    files_.push_back(std::move(file));
+    return static_cast<int64_t>(files_.size()) - 1;
+}
+
+File& Reader::file_at(int64_t file) {
+    if (file < 0 || file >= static_cast<int64_t>(files_.size()))
+        throw std::invalid_argument("no open file has id " + std::to_string(file));
+    return *files_[static_cast<size_t>(file)];
+}
+
+int64_t Reader::size(int64_t file) {
+    std::lock_guard lock(mutex_);
+    return file_at(file).size();
+}
+
+bool Reader::is_direct(int64_t file) {
+    std::lock_guard lock(mutex_);
+    return file_at(file).direct();
+}
+
+void Reader::attach(int64_t address, int64_t nbytes) {
+    std::lock_guard lock(mutex_);
+    regions_.push_back({address, address + nbytes});
+}
+
+void Reader::detach(int64_t address) {
+    std::lock_guard lock(mutex_);
+    if (!tickets_.empty()) throw std::invalid_argument("memory cannot be detached while reads are outstanding");
+    std::erase_if(regions_, [address](const Region& region) { return region.begin == address; });
+}
+
+void Reader::check(const Range& range, int64_t row) {
+    const auto refuse = [row](const char* why) {
+        throw std::invalid_argument("row " + std::to_string(row) + ": " + why);
+    };
+    const int64_t limit = INT64_MAX - kBlock - range.nbytes;
+    if (range.nbytes < 1 || range.offset < 0 || range.offset > limit || range.dest < 0 || range.dest > limit)
+        refuse("offset, nbytes and destination are not a range");
+    int64_t begin = range.dest;
+    int64_t end = range.dest + range.nbytes;
+    if (file_at(range.file).skewed()) {
+        if ((range.dest - range.offset) % kBlock != 0) refuse("destination and offset differ modulo 4096");
+        begin = round_down(begin);
+        end = round_up(end);
+    }
+    for (const Region& region : regions_)
+        if (begin >= region.begin && end <= region.end) return;
+    refuse("destination is outside the attached memory");
+}
+
+void Reader::enqueue(const Range& range, std::deque<Job>& queue) {
+    auto& ticket = *tickets_.find(range.ticket);
+    File* file = files_[static_cast<size_t>(range.file)].get();
+    const int64_t end = range.offset + range.nbytes;
+    for (int64_t at = range.offset; at < end;) {
+        int64_t next = round_down(at) + kPiece;  // pieces meet at block borders: none is read twice
+        if (next > end) next = end;
+        queue.push_back(
+            {file, range.file, at, next - at, reinterpret_cast<char*>(range.dest + (at - range.offset)), &ticket});
+        ++ticket.second.remaining;
+        at = next;
+    }
+}
+
+void Reader::submit(const Range* ranges, int64_t count, bool prefetch) {
+    int64_t asked = 0;
+    {
+        std::lock_guard lock(mutex_);
+        if (closed_) throw std::invalid_argument("the reader is closed");
+        for (int64_t i = 0; i < count; ++i) {
+            check(ranges[i], i);
+            if (tickets_.contains(ranges[i].ticket))
+                throw std::invalid_argument("ticket " + std::to_string(ranges[i].ticket) + " is already outstanding");
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            tickets_.try_emplace(ranges[i].ticket);
+            enqueue(ranges[i], prefetch ? prefetch_ : demand_);
+            asked += ranges[i].nbytes;
+        }
+    }
+    {
+        std::lock_guard lock(disk_mutex_);
+        counters_.bytes_asked += asked;
+    }
+    if (count == 1)
+        work_ready_.notify_one();
+    else
+        work_ready_.notify_all();
+}
+
+Completions Reader::wait(int64_t min_count, double timeout) {
+    std::unique_lock lock(mutex_);
+    const auto ready = [this] { return static_cast<int64_t>(completions_.done.size() + completions_.failed.size()); };
+    const int64_t possible = ready() + static_cast<int64_t>(tickets_.size());
+    awaited_ = min_count < possible ? min_count : possible;
+    const auto enough = [&] { return ready() >= awaited_ || closed_; };
+    if (!enough()) {
+        const auto limit = std::chrono::duration<double>(timeout < 1e6 ? timeout : 1e6);
+        tickets_ready_.wait_for(lock, limit, enough);
+    }
+    Completions result;
+    std::swap(result, completions_);
+    return result;
+}
+
+void Reader::cancel_prefetch() {
+    std::deque<Job> dropped;
+    {
+        std::lock_guard lock(mutex_);
+        std::swap(dropped, prefetch_);
+    }
+    for (const Job& job : dropped) finish(job, {false, ECANCELED, job.offset});
+}
+
+int64_t Reader::outstanding() {
+    std::lock_guard lock(mutex_);
+    return static_cast<int64_t>(tickets_.size());
+}
+
+ReaderCounters Reader::counters() {
+    std::lock_guard lock(disk_mutex_);
+    ReaderCounters result = counters_;
+    if (in_flight_ > 0) result.busy_seconds += std::chrono::duration<double>(Clock::now() - busy_since_).count();
+    return result;
+}
+
+void Reader::close() {
+    {
+        std::lock_guard lock(mutex_);
+        closed_ = true;
+        demand_.clear();
+        prefetch_.clear();
+    }
+    work_ready_.notify_all();
+    tickets_ready_.notify_all();
+    for (auto& thread : threads_) thread.join();
+    threads_.clear();
+    std::lock_guard lock(mutex_);
+    tickets_.clear();
+}
+
+void Reader::work() {
+    for (;;) {
+        Job job;
+        {
+            std::unique_lock lock(mutex_);
+            work_ready_.wait(lock, [this] { return closed_ || !demand_.empty() || !prefetch_.empty(); });
+            if (closed_) return;
+            std::deque<Job>& queue = demand_.empty() ? prefetch_ : demand_;
+            job = queue.front();
+            queue.pop_front();
+        }
+        finish(job, perform(job));
+    }
+}
+
+ReadStatus Reader::perform(const Job& job) {
+    const int64_t cached = job.file->read_cached(job.offset, job.nbytes, job.dest);
+    if (cached > 0) {
+        std::lock_guard lock(disk_mutex_);
+        counters_.bytes_cached += cached;
+        if (cached == job.nbytes) {
+            ++counters_.reads;
+            return {};
+        }
+    }
+    const int64_t offset = job.offset + cached;
+    const int64_t rest = job.nbytes - cached;
+    disk_begin();
+    const ReadStatus status = job.file->read(offset, rest, job.dest + cached);
+    const bool direct = job.file->direct();
+    disk_end(!status.ok ? 0 : direct ? round_up(offset + rest) - round_down(offset) : rest);
+    return status;
+}
+
+void Reader::finish(const Job& job, const ReadStatus& status) {
+    bool wake = false;
+    bool counted = false;
+    {
+        std::lock_guard lock(mutex_);
+        Ticket& ticket = job.ticket->second;
+        const int64_t id = job.ticket->first;
+        if (!status.ok && !ticket.failed) {
+            ticket.failed = true;
+            ticket.failure = {id, status.error, job.file_id, status.offset};
+        }
+        // Reported only when nothing of it is being read any more: its memory may be used again at once.
+        if (--ticket.remaining == 0) {
+            counted = ticket.failed && ticket.failure.error != ECANCELED;
+            if (ticket.failed)
+                completions_.failed.push_back(ticket.failure);
+            else
+                completions_.done.push_back(id);
+            tickets_.erase(id);
+            wake = static_cast<int64_t>(completions_.done.size() + completions_.failed.size()) >= awaited_;
+        }
+    }
+    if (counted) {
+        std::lock_guard lock(disk_mutex_);
+        ++counters_.errors;
+    }
+    if (wake) tickets_ready_.notify_all();
+}
+
+void Reader::disk_begin() {
+    std::lock_guard lock(disk_mutex_);
+    if (in_flight_++ == 0) busy_since_ = Clock::now();
+}
+
+void Reader::disk_end(int64_t nbytes) {
+    std::lock_guard lock(disk_mutex_);
+    ++counters_.reads;
+    counters_.bytes_disk += nbytes;
+    if (--in_flight_ == 0) counters_.busy_seconds += std::chrono::duration<double>(Clock::now() - busy_since_).count();
+}
+
+}  // namespace moestream
