@@ -14,6 +14,8 @@ from moestream.errors import ModelConfigError
 Mixer = Literal["attention", "delta_net"]
 Mlp = Literal["moe", "dense"]
 
+MAX_LAYERS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
@@ -200,6 +202,14 @@ def rotary_dim(fields: Fields, head_dim: int, factor: float) -> int:
             "partial_rotary_factor", f"of {factor} leaves {dims} of {head_dim} dims; need an even number"
         )
     return dims
+
+
+def layer_count(fields: Fields) -> int:
+    """L, bounded because config files come from strangers."""
+    count = fields.integer("num_hidden_layers")
+    if count > MAX_LAYERS:
+        raise fields.error("num_hidden_layers", f"must be at most {MAX_LAYERS}, got {count}")
+    return count
 
 
 def heads(fields: Fields) -> tuple[int, int, int]:

@@ -17,3 +17,5 @@ class TensorNames:
     """Prefixes of tensors that text generation does not need."""
     embed: str = "embed_tokens"
     norm: str = "norm"
+    mixer_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"

@@ -17,6 +17,7 @@ from moestream.models.config import (
     MoeShape,
     active_experts,
     heads,
+    layer_count,
     rope,
     rotary_dim,
 )
@@ -82,7 +83,7 @@ def parse(root: Fields) -> ModelConfig:
 
 def _mixers(c: Fields) -> list[Mixer]:
     """The mixer of each layer, from ``layer_types`` or ``full_attention_interval``."""
-    count = c.integer("num_hidden_layers")
+    count = layer_count(c)
     if "layer_types" not in c:
         interval = c.integer("full_attention_interval", DEFAULT_FULL_ATTENTION_INTERVAL)
         return ["delta_net" if (i + 1) % interval else "attention" for i in range(count)]

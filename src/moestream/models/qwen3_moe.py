@@ -10,6 +10,7 @@ from moestream.models.config import (
     MoeShape,
     active_experts,
     heads,
+    layer_count,
     rope,
     rotary_dim,
 )
@@ -36,8 +37,7 @@ def parse(root: Fields) -> ModelConfig:
     dense = set(c.integers("mlp_only_layers", []))
     step = c.integer("decoder_sparse_step", 1)
     layers = tuple(
-        LayerPlan("attention", "dense" if i in dense or (i + 1) % step else "moe")
-        for i in range(c.integer("num_hidden_layers"))
+        LayerPlan("attention", "dense" if i in dense or (i + 1) % step else "moe") for i in range(layer_count(c))
     )
     return ModelConfig(
         model_type="qwen3_moe",

@@ -1,0 +1,115 @@
+"""Builds a model: reads all resident weights in one go and hands them to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from moestream.checkpoint.encoding import Extent
+from moestream.checkpoint.index import Checkpoint
+from moestream.checkpoint.safetensors import TensorEntry
+from moestream.models.blocks import Attention, DeltaNet, DenseMlp, ExpertSource, Mixer, Mlp, Moe
+from moestream.models.config import ModelConfig
+from moestream.models.model import Layer, Model, Weights
+from moestream.models.weights import BlockWeights, LayerWeights, WeightMap
+from moestream.ops.base import F32, U8, AttentionParams, DeltaNetParams, Matrix, Ops
+
+ReadExtents = Callable[[Sequence[Extent]], Sequence[U8]]
+"""Reads byte ranges of the checkpoint's files, one 1-D array each."""
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    weights: WeightMap,
+    ops: Ops,
+    experts: ExpertSource,
+    read: ReadExtents,
+    active_experts: int | None = None,
+) -> Model:
+    """Make a checkpoint runnable.
+
+    Args:
+        checkpoint: the opened folder.
+        config: from ``parse_config``.
+        weights: from ``map_weights``.
+        ops: the backend that computes.
+        experts: where routed experts come from.
+        read: reads every resident matrix in one call.
+        active_experts: experts per token if not the model's own k (lossy).
+
+    Raises:
+        ReadError: the disk failed or a file became shorter.
+        ConfigError: ``active_experts`` is more than the model has.
+    """
+    specs = list(weights.matrices())
+    arrays = iter(read([extent for spec in specs for extent in spec.parts]))
+    matrices = {spec.name: ops.matrix(spec.layout, [next(arrays) for _ in spec.parts]) for spec in specs}
+    build = _Builder(checkpoint, config, weights, matrices)
+    embed = matrices[weights.embed.name]
+    resident = Weights(
+        embed=embed,
+        layers=tuple(build.layer(layer) for layer in weights.layers),
+        norm=build.norm(weights.norm),
+        head=embed if weights.head is None else matrices[weights.head.name],
+    )
+    return Model(config, ops, resident, experts, active_experts)
+
+
+class _Builder:
+    """Joins loaded matrices and small vectors into blocks."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap, matrices: dict[str, Matrix]
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.norm_offset = np.float32(weights.norm_offset)
+        self.matrices = matrices
+
+    def norm(self, entry: TensorEntry) -> F32:
+        """A norm weight as it is multiplied with."""
+        return self.checkpoint.read_array(entry) + self.norm_offset
+
+    def layer(self, w: LayerWeights) -> Layer:
+        mixer = self.delta_net(w.mixer) if "conv" in w.mixer.vectors else self.attention(w.mixer)
+        mlp = self.moe(w.mlp) if "router" in w.mlp.matrices else self.dense(w.mlp)
+        return Layer(self.norm(w.mixer_norm), mixer, self.norm(w.mlp_norm), mlp)
+
+    def attention(self, w: BlockWeights) -> Mixer:
+        a = self.config.attention
+        norms = [self.norm(w.vectors[name]) for name in ("q_norm", "k_norm")]
+        params = AttentionParams(a.heads, a.kv_heads, a.head_dim, a.rotary_dim, a.gated, self.config.eps, *norms)
+        return Attention(**self.fields(w), params=params)
+
+    def delta_net(self, w: BlockWeights) -> Mixer:
+        d = self.config.delta_net
+        assert d is not None  # the parser sets it where a layer uses it
+        conv, a_log, dt_bias, norm = (
+            self.checkpoint.read_array(w.vectors[name]) for name in ("conv", "a_log", "dt_bias", "norm")
+        )
+        params = DeltaNetParams(
+            key_heads=d.key_heads,
+            value_heads=d.value_heads,
+            key_dim=d.key_dim,
+            value_dim=d.value_dim,
+            eps=self.config.eps,
+            conv=np.ascontiguousarray(conv.reshape(d.channels, d.conv_width)),
+            neg_exp_a=-np.exp(a_log),
+            dt_bias=dt_bias,
+            norm=norm,
+        )
+        return DeltaNet(**self.fields(w), params=params)
+
+    def moe(self, w: BlockWeights) -> Mlp:
+        fields = self.fields(w)
+        router, shared_gate = fields.pop("router"), fields.pop("shared_gate", None)
+        shared = DenseMlp(**fields) if fields else None
+        return Moe(router, shared, shared_gate, self.config.moe.renormalise)
+
+    def dense(self, w: BlockWeights) -> Mlp:
+        return DenseMlp(**self.fields(w))
+
+    def fields(self, w: BlockWeights) -> dict[str, Matrix]:
+        return {field: self.matrices[spec.name] for field, spec in w.matrices.items()}
