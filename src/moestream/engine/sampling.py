@@ -1,0 +1,242 @@
+"""Choose the next token of one request from its logits.
+
+Order of the steps (that of vLLM and transformers; llama.cpp differs only in applying the temperature last):
+
+1. penalties: repetition over prompt and reply, then presence and frequency over the reply
+2. temperature (0 is greedy: the largest logit, the lower id on a tie; the filters below do not matter then)
+3. top-k, 4. top-p of what top-k left, 5. min-p: drop what is less likely than ``min_p`` times the likeliest
+6. one uniform number of the request's own generator picks from what is left
+
+Log probabilities are those of the model, before any of this.
+
+Shape letters: V vocabulary, C candidates left after a filter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moestream.errors import NonFiniteLogitsError, RequestError
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+
+MAX_LOGPROBS = 100
+HEAD = 1024
+"""Candidates sorted at first when only top-p bounds them; a flat distribution needs more."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled and when it ends.
+
+    Raises:
+        RequestError: a value is out of range; the message names the field.
+    """
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens whose probabilities reach ``top_p``."""
+    min_p: float = 0.0
+    """Drop tokens less likely than ``min_p`` times the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divide positive and multiply negative logits of tokens already in the prompt or the reply (arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtract from the logits of tokens already in the reply."""
+    frequency_penalty: float = 0.0
+    """Subtract once per occurrence in the reply."""
+    seed: int | None = None
+    """Same seed, same text, alone or in a batch; None draws fresh randomness."""
+    max_tokens: int | None = 512
+    """New tokens at most; None goes on until the context is full."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the reply; they are not part of it. A single string is accepted."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the reply, besides the model's own end tokens."""
+    logprobs: int | None = None
+    """Report the log probability of each token and of this many likeliest alternatives."""
+    ignore_eos: bool = False
+    """Go on after the model's own end tokens (for benchmarks)."""
+
+    def __post_init__(self) -> None:
+        """Reject what could only fail later."""
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _check_int("top_k", self.top_k, 0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise RequestError(f"stop must hold non-empty strings, got {text!r}")
+        for token in self.stop_token_ids:
+            _check_int("stop_token_ids", token, 0)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any penalty changes the logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _check_range(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name} must be a number, got {value!r}")
+    if not (low < value if open_low else low <= value) or value > high:  # NaN fails too
+        bound = f"{'above' if open_low else 'at least'} {low:g}"
+        raise RequestError(f"{name} must be {bound} and at most {high:g}, got {value!r}")
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be a whole number, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise RequestError(f"{name} must be at least {low}{f' and at most {high}' if high else ''}, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log probabilities of one position, from the model's own distribution."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token, logprob) of the likeliest tokens, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A chosen token, with log probabilities when the request asked for them."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+class Sampler:
+    """Sampler of one request; holds its generator, so a batch cannot change what it draws."""
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+        self.params = params
+        self._prompt = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1.0 else None
+        self._random = np.random.default_rng(params.seed)
+
+    def sample(self, logits: F32, reply: Sequence[int]) -> Sampled:
+        """Choose a token.
+
+        Args:
+            logits: Scores of the next token, [V]; not modified.
+            reply: Tokens chosen so far, for the penalties.
+
+        Raises:
+            NonFiniteLogitsError: the logits hold NaN or Inf.
+        """
+        if not (math.isfinite(logits.max()) and math.isfinite(logits.min())):  # both propagate NaN
+            bad = int(np.count_nonzero(~np.isfinite(logits)))
+            raise NonFiniteLogitsError(
+                f"{bad} of {logits.size} logits are NaN or Inf after {len(reply)} new tokens; "
+                "the checkpoint is damaged or its weights overflow"
+            )
+        scores = self._penalise(logits, reply) if self.params.penalised else logits
+        token = int(scores.argmax()) if self.params.temperature == 0 else self._draw(scores)
+        top = self.params.logprobs
+        return Sampled(token, None if top is None else token_logprobs(logits, token, top))
+
+    def _penalise(self, logits: F32, reply: Sequence[int]) -> F32:
+        p = self.params
+        scores = logits.copy()
+        ids, counts = np.unique(np.asarray(reply, np.int64), return_counts=True)
+        if self._prompt is not None:
+            seen = np.union1d(self._prompt, ids)
+            values = scores[seen]
+            scores[seen] = np.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+        scores[ids] -= (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
+        return scores
+
+    def _draw(self, scores: F32) -> int:
+        ids, weights = filtered(scores, self.params)
+        edges = np.cumsum(weights, dtype=np.float64)
+        # min: u * total may round up to the total itself
+        pick = min(int(np.searchsorted(edges, self._random.random() * edges[-1], side="right")), len(edges) - 1)
+        return pick if ids is None else int(ids[pick])
+
+
+def filtered(scores: F32, params: SamplingParams) -> tuple[I64 | None, F32]:
+    """Candidates left by temperature, top-k, top-p and min-p.
+
+    Args:
+        scores: Finite logits after penalties, [V].
+        params: A temperature above 0, and the filters.
+
+    Returns:
+        Ids [C], likeliest first (ties: lower id first), or None for all tokens in order of id; and weights
+        proportional to their probabilities [C]. Never empty.
+    """
+    vocab = scores.size
+    bounded = 0 < params.top_k < vocab
+    if not bounded and params.top_p >= 1.0:
+        weights = _weights(scores, params.temperature)
+        weights[weights < params.min_p * weights.max()] = 0.0
+        return None, weights
+    if bounded:
+        ids = _largest(scores, params.top_k)
+        weights = _weights(scores[ids], params.temperature)
+        total = float(weights.sum(dtype=np.float64))
+    else:
+        every = _weights(scores, params.temperature)
+        total = float(every.sum(dtype=np.float64))
+        count = min(HEAD, vocab)
+        while (weights := every[ids := _largest(scores, count)]).sum(dtype=np.float64) < params.top_p * total:
+            if count == vocab:
+                break
+            count = min(8 * count, vocab)
+    if params.top_p < 1.0:
+        # the first candidate at which the sum reaches top_p is still kept
+        keep = int(np.searchsorted(np.cumsum(weights, dtype=np.float64), params.top_p * total, side="left")) + 1
+        ids, weights = ids[:keep], weights[:keep]
+    if params.min_p > 0:
+        keep = int(np.count_nonzero(weights >= params.min_p * weights[0]))
+        ids, weights = ids[:keep], weights[:keep]
+    return ids, weights
+
+
+def _weights(scores: F32, temperature: float) -> F32:
+    """exp((scores - max) / temperature), so that the likeliest weighs 1."""
+    # the difference is taken first: a tiny temperature then gives exp(-inf) = 0 and not an overflow
+    with np.errstate(over="ignore", under="ignore"):
+        weights: F32 = np.exp((scores - scores.max()) / np.float32(max(temperature, 1e-6)))
+    return weights
+
+
+def _largest(scores: F32, count: int) -> I64:
+    """Ids of the largest scores, in descending order; of equal scores the lower ids come first."""
+    if count >= scores.size:
+        ids = np.arange(scores.size)
+    else:
+        bound = np.partition(scores, scores.size - count)[scores.size - count]
+        above = np.flatnonzero(scores > bound)
+        ids = np.concatenate((above, np.flatnonzero(scores == bound)[: count - len(above)]))
+    return ids[np.argsort(-scores[ids], kind="stable")]
+
+
+def token_logprobs(logits: F32, token: int, top: int) -> TokenLogprobs:
+    """Log probabilities of ``token`` and of the ``top`` likeliest tokens under softmax(logits)."""
+    high = logits.max()
+    norm = float(high) + math.log(float(np.exp(logits - high).sum(dtype=np.float64)))
+    best = _largest(logits, min(top, logits.size)) if top else ()
+    return TokenLogprobs(token, float(logits[token]) - norm, tuple((int(i), float(logits[i]) - norm) for i in best))
