@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,3 +49,30 @@ class RunConfig:
             raise ConfigError(f"cache must be arena, page or none, got {self.cache!r}")
         if self.backend not in ("auto", "cpu", "reference"):
             raise ConfigError(f"backend must be auto, cpu or reference, got {self.backend!r}")
+
+
+UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
+UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)} | {p: 1000**n for n, p in enumerate("KMGT", 1)}
+
+
+def parse_size(value: str | int, name: str) -> int:
+    """``8GB``, ``7.5 GiB``, ``800M`` or plain bytes; GB is 10^9 and GiB 2^30.
+
+    Raises:
+        ConfigError: it is none of these; the message starts with ``name``, the flag or argument.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", str(value))
+    unit = UNITS.get(match[2].upper()) if match else None
+    nbytes = int(float(match[1]) * unit) if match and unit else 0
+    if isinstance(value, bool) or nbytes < 1:
+        raise ConfigError(f"{name}: {value!r} is not a size; write for example 8GB, 7.5GiB or 800MB")
+    return nbytes
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes for people: ``217.4 GB``."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

@@ -1,0 +1,219 @@
+"""The engine: schedule, run, postprocess. Token ids in, token ids out.
+
+Shape letters: N rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from moestream.engine.receipt import FinishReason, IoCounters, Usage
+from moestream.engine.sampling import Sampler, SamplingParams, TokenLogprobs
+from moestream.engine.scheduler import Scheduler
+from moestream.engine.sequence import Sequence
+from moestream.errors import MoestreamError, NonFiniteLogitsError, RequestError
+from moestream.models.batch import Batch
+from moestream.models.states import SequenceStates
+from moestream.ops.base import F32
+
+
+class EngineModel(Protocol):
+    """What the engine needs of a model."""
+
+    def new_states(self, limit: int | None = None) -> SequenceStates:
+        """States of a sequence of up to ``limit`` tokens."""
+
+    def forward(self, batch: Batch) -> F32:
+        """Logits [N, V]; advances the states and fills ``batch.failures``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What a step did for one sequence: a new token, the end, or both."""
+
+    sequence: Sequence
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+
+
+class Engine:
+    """Runs requests on a model. Not thread-safe: one call at a time.
+
+    A sequence that fails (an unreadable expert, NaN logits) ends alone with its error. When a step fails as a whole,
+    every sequence in it ends, because their states stand somewhere between two tokens; the waiting ones go on.
+    """
+
+    def __init__(
+        self,
+        model: EngineModel,
+        *,
+        vocab_size: int,
+        context: int,
+        eos_ids: abc.Set[int] = frozenset(),
+        max_batch: int = 8,
+        prefill_chunk: int = 512,
+        counters: Callable[[], IoCounters] = IoCounters,
+    ) -> None:
+        """Make an engine.
+
+        Args:
+            model: What computes logits.
+            vocab_size: V; ids outside it are refused.
+            context: Tokens of prompt and reply that a sequence may have.
+            eos_ids: Tokens that end a reply.
+            max_batch: Sequences that hold states at a time.
+            prefill_chunk: Prompt tokens of a step.
+            counters: The expert store's counters, read before and after each step.
+        """
+        self.context = context
+        self._model = model
+        self._vocab_size = vocab_size
+        self._eos_ids = frozenset(eos_ids)
+        self._scheduler = Scheduler(max_batch, prefill_chunk)
+        self._counters = counters
+        self._ids = itertools.count()
+
+    @property
+    def idle(self) -> bool:
+        """Whether every sequence has ended."""
+        return not self._scheduler.running and not self._scheduler.waiting
+
+    def add(self, prompt: abc.Sequence[int], params: SamplingParams) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
+        """
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # ragged
+            ids = np.empty((1, 1))
+        if not ids.size:
+            raise RequestError("the prompt is empty")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise RequestError("a prompt of token ids must be a flat sequence of whole numbers")
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            bad = int(ids[(ids < 0) | (ids >= self._vocab_size)][0])
+            raise RequestError(f"token id {bad} is outside the vocabulary of {self._vocab_size}")
+        if ids.size >= self.context:
+            raise RequestError(
+                f"the prompt has {ids.size} tokens; with room for a reply the context of {self.context} tokens holds "
+                f"{self.context - 1}. Load the model with a larger context if memory allows"
+            )
+        tokens = tuple(ids.tolist())
+        sequence = Sequence(next(self._ids), tokens, params, Sampler(params, tokens), Usage(time.perf_counter()))
+        self._scheduler.add(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence, reason: FinishReason = "cancelled") -> None:
+        """End a sequence now; ``"stop"`` when its text reached a stop string. No effect after its end."""
+        if not sequence.finished:
+            self._finish(sequence, reason)
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step over all that is due.
+
+        Returns:
+            One event for each sequence that got a token or ended; empty when the engine is idle or a step only read
+            part of a prompt.
+
+        Raises:
+            BaseException: KeyboardInterrupt and the like, after cancelling the sequences of the step.
+        """
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return []
+        running = [sequence for sequence, _ in chunks]
+        try:
+            batch, sampled = self._batch(chunks)
+            before = self._counters()
+            logits = self._model.forward(batch)
+        except Exception as error:
+            return [self._fail(sequence, error) for sequence in running]
+        except BaseException:
+            for sequence in running:
+                self._finish(sequence, "cancelled")
+            raise
+        self._account(chunks, self._counters() - before)
+        return self._postprocess(chunks, batch, sampled, logits)
+
+    def _batch(self, chunks: list[tuple[Sequence, int]]) -> tuple[Batch, list[Sequence]]:
+        """The batch of a step, and the sequences that sample from its logits rows, in their order."""
+        now = time.perf_counter()
+        parts, rows, sampled, row = [], [], [], 0
+        for sequence, count in chunks:
+            if sequence.states is None:
+                limit = sequence.params.max_tokens
+                room = self.context if limit is None else min(self.context, len(sequence.prompt) + limit)
+                sequence.states = self._model.new_states(room)
+                sequence.usage.started = now
+            parts.append((sequence.upcoming(count), sequence.states))
+            row += count
+            if sequence.computed + count >= len(sequence.prompt):
+                rows.append(row - 1)
+                sampled.append(sequence)
+        batch = Batch.of(parts)
+        batch.logits_rows = np.array(rows, np.int32)
+        return batch, sampled
+
+    def _account(self, chunks: list[tuple[Sequence, int]], io: IoCounters) -> None:
+        total = sum(count for _, count in chunks)
+        for sequence, count in chunks:
+            sequence.usage.io += io.scaled(count / total)
+
+    def _postprocess(
+        self, chunks: list[tuple[Sequence, int]], batch: Batch, sampled: list[Sequence], logits: F32
+    ) -> list[TokenEvent]:
+        failed: dict[int, MoestreamError] = {}
+        for row, error in batch.failures:
+            index = next(i for i, s in enumerate(batch.segments) if s.start <= row < s.start + s.length)
+            failed.setdefault(index, error)
+        events = []
+        for index, (sequence, count) in enumerate(chunks):
+            sequence.computed += count
+            if index in failed:
+                events.append(self._fail(sequence, failed[index]))
+        for row, sequence in zip(logits, sampled, strict=True):
+            if not sequence.finished:
+                events.append(self._sample(sequence, row))
+        return events
+
+    def _sample(self, sequence: Sequence, logits: F32) -> TokenEvent:
+        try:
+            sampled = sequence.sampler.sample(logits, sequence.tokens)
+        except NonFiniteLogitsError as error:
+            return self._fail(sequence, error)
+        usage, params = sequence.usage, sequence.params
+        usage.last = time.perf_counter()
+        usage.first = usage.first or usage.last
+        sequence.tokens.append(sampled.token)
+        if sampled.logprobs is not None:
+            sequence.logprobs.append(sampled.logprobs)
+        ended = sampled.token in params.stop_token_ids or (sampled.token in self._eos_ids and not params.ignore_eos)
+        length = len(sequence.tokens)
+        if ended:
+            self._finish(sequence, "stop")
+        elif length == params.max_tokens or len(sequence.prompt) + length >= self.context:
+            self._finish(sequence, "length")
+        return TokenEvent(sequence, sampled.token, sampled.logprobs)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
+        if not isinstance(error, MoestreamError):
+            cause = error
+            error = RequestError(f"the step failed: {type(cause).__name__}: {cause}")
+            error.__cause__ = cause
+        sequence.error = error
+        self._finish(sequence, "error")
+        return TokenEvent(sequence, None)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        sequence.states = None  # its memory is free for the next one
+        self._scheduler.remove(sequence)
