@@ -1,0 +1,136 @@
+"""Golden models for tests: stored checkpoints, what ``transformers`` computes from them, resident experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+
+from moestream.checkpoint.encoding import Extent
+from moestream.checkpoint.index import Checkpoint, open_checkpoint
+from moestream.errors import ReadError
+from moestream.models.batch import Batch
+from moestream.models.blocks import ExpertSource
+from moestream.models.loader import load_model
+from moestream.models.model import Model
+from moestream.models.registry import parse_config
+from moestream.models.weights import WeightMap, map_weights
+from moestream.ops.base import F32, I32, U8, Ops, Wave
+
+FOLDER = Path(__file__).parent / "goldens"
+NAMES = sorted(path.parent.name for path in FOLDER.glob("*/golden.npz"))
+PROMPTS = range(3)
+GREEDY = 16
+EPS = 2.0**-24
+ROUNDINGS = 32
+"""Roundings that may pile up, each amplified as a change of the embedding is: about one per operation in a row."""
+
+
+@dataclass
+class Stream:
+    """Waves of a source that has everything in memory."""
+
+    waves: list[Wave]
+    failures: list[tuple[I32, ReadError]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Wave]:
+        return iter(self.waves)
+
+
+class ResidentExperts:
+    """All experts in memory: the twin that streaming is compared with. ``fail`` names experts that cannot be read."""
+
+    def __init__(self, checkpoint: Checkpoint, weights: WeightMap) -> None:
+        self.fail: dict[tuple[int, int], ReadError] = {}
+        self.layers = {}
+        for layer, table in weights.experts.items():
+            extents = [Extent(*r) for r in table.ranges.reshape(-1, 3).tolist()]
+            sizes = np.array([extent.nbytes for extent in extents])
+            offsets = (np.cumsum(sizes) - sizes).reshape(table.ranges.shape[:2])
+            self.layers[layer] = (table.layout, np.concatenate(read_extents(checkpoint, extents)), offsets)
+
+    def stream(self, layer: int, ids: I32) -> Stream:
+        layout, memory, offsets = self.layers[layer]
+        order = np.argsort(ids, axis=None, kind="stable").astype(np.int32)
+        experts, counts = np.unique(ids, return_counts=True)
+        parts = np.split(order, np.cumsum(counts)[:-1])
+        served = [(e, p) for e, p in zip(experts.tolist(), parts, strict=True) if (layer, e) not in self.fail]
+        failed = [
+            (p, self.fail[layer, e]) for e, p in zip(experts.tolist(), parts, strict=True) if (layer, e) in self.fail
+        ]
+        chosen = np.array([e for e, _ in served], np.int32)
+        starts = np.cumsum([0, *(len(p) for _, p in served)]).astype(np.int32)
+        pairs = np.concatenate([np.empty(0, np.int32), *(p for _, p in served)])
+        return Stream([Wave(layer, layout, chosen, memory, offsets[chosen], starts, pairs)], failed)
+
+
+def read_extents(checkpoint: Checkpoint, extents: Sequence[Extent]) -> list[U8]:
+    """Byte ranges of a checkpoint, through plain file reads."""
+    content = [np.fromfile(path, np.uint8) for path in checkpoint.files]
+    return [content[e.file][e.offset : e.offset + e.nbytes] for e in extents]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One stored checkpoint and what ``transformers`` computed; array names are described in ``goldens/tiny.py``."""
+
+    folder: Path
+    arrays: dict[str, np.ndarray]
+
+    def ids(self, prompt: int) -> I32:
+        """A prompt and its greedy continuation [T]."""
+        return self.arrays[f"ids_{prompt}"]
+
+    def logits(self, prompt: int) -> F32:
+        """Logits of every row [T, V]."""
+        return self.arrays[f"logits_{prompt}"]
+
+    @property
+    def logits_bound(self) -> float:
+        """How far float32 arithmetic may be from float32 arithmetic done in another order."""
+        return float(ROUNDINGS * EPS * self.arrays["logits_scale"])
+
+    @property
+    def hidden_bound(self) -> F32:
+        """The same for the output of each layer [L]."""
+        return ROUNDINGS * EPS * self.arrays["hidden_scale"]
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.folder)
+
+    def model(self, ops: Ops, experts: ExpertSource | None = None) -> Model:
+        """Load the checkpoint, by default with resident experts."""
+        config, names = parse_config(self.checkpoint.config)
+        weights = map_weights(self.checkpoint, config, names)
+        source = ResidentExperts(self.checkpoint, weights) if experts is None else experts
+        return load_model(
+            self.checkpoint, config, weights, ops, source, lambda extents: read_extents(self.checkpoint, extents)
+        )
+
+
+@cache
+def golden(name: str) -> Golden:
+    """Load a golden once."""
+    with np.load(FOLDER / name / "golden.npz") as arrays:
+        return Golden(FOLDER / name, dict(arrays))
+
+
+def run_chunked(model: Model, ids: I32, chunks: Sequence[int]) -> F32:
+    """Logits of every row [T, V], feeding the sequence in pieces of the given lengths."""
+    assert sum(chunks) == len(ids)
+    states, out = model.new_states(), []
+    for piece in np.split(ids, np.cumsum(chunks)[:-1]):
+        out.append(model.forward(Batch.of([(piece, states)], all_logits=True)))
+    return np.concatenate(out)
+
+
+def assert_close(actual: F32, expected: F32, bound: float, what: str) -> None:
+    """Largest difference within a bound; says where it is not. NaN fails."""
+    assert actual.shape == expected.shape, what
+    error = np.abs(actual - expected)
+    worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape)
+    assert error[worst] <= bound, f"{what}: off by {error[worst]:.3g} at {worst}, bound {bound:.3g}"
