@@ -1,0 +1,241 @@
+"""Which experts stay in memory. Pure data structures: no I/O, no model, no clock; a trace can be replayed.
+
+A *key* is one expert of one layer (``layer * E + expert`` or any dense numbering). A request is what one layer of one
+step needs: a list of distinct keys. Every policy is a table of ``capacity`` slots:
+
+    record(layer, keys, counts, rows)   the router chose these keys
+    pin / acquire                       what is resident may not be evicted; what is not gets a slot (or None: wait)
+    release(keys)                       the bytes were used; the policy decides what stays
+    discard(key)                        the read failed: the slot is free again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
+
+NO_SLOT = -1
+_RESCALE = 2.0**200
+
+
+class LFRU:
+    """Least frequently and recently used: keeps the experts most probable to be asked for next.
+
+    Each key's score is an exponentially decayed frequency of use per token of its layer (the LRFU family of Lee et al.,
+    IEEE Trans. Computers 50(12), 2001: from LFU at an infinite half-life to LRU at a short one), divided by the
+    decayed number of tokens, i.e. an estimate of the probability that the next token of that layer uses it. It is
+    comparable between layers, so slots go where routing is concentrated, and it is the same for all keys of a uniform
+    sweep, so a sweep larger than the cache keeps what it has instead of replacing everything (LRU then hits 0 %).
+    A prefill chunk counts as at most one half-life of tokens.
+
+    ``reserve`` slots are kept free for bytes on their way: a newcomer competes for its place when it has been used, and
+    evicts earlier only what scores lower.
+
+    Decay is applied forward (new uses weigh more), so scores only grow and one lazily repaired heap per layer gives
+    the minimum: O(1) per hit, O(log E + layers) per eviction.
+    """
+
+    def __init__(self, capacity: int, layer_of_key: Sequence[int], reserve: int = 0, half_life: float = 64.0) -> None:
+        self.capacity = capacity
+        self.reserve = min(reserve, capacity)
+        self.slot_of = [NO_SLOT] * len(layer_of_key)
+        """Slot of each key, or NO_SLOT."""
+        self.pinned = bytearray(len(layer_of_key))
+        self._half_life = half_life
+        self._layer_of = list(layer_of_key)
+        layers = max(self._layer_of, default=0) + 1
+        self._score = [0.0] * len(layer_of_key)
+        self._weight = [1.0] * layers  # of one use now
+        self._total = [0.0] * layers  # decayed tokens, in the same unit as the scores
+        self._free = list(range(capacity - 1, -1, -1))
+        self._heaps: list[list[tuple[float, int]]] = [[] for _ in range(layers)]  # (score once, key), evictable keys
+        self._in_heap = bytearray(len(layer_of_key))
+
+    def record(self, layer: int, keys: Sequence[int], counts: Sequence[int], rows: int) -> None:
+        """Note that ``rows`` tokens ran through ``layer`` and key i was chosen by ``counts[i]`` of them."""
+        if rows == 0:
+            return
+        elapsed = min(float(rows), self._half_life)
+        self._weight[layer] *= 2.0 ** (elapsed / self._half_life)
+        unit = self._weight[layer] * elapsed / rows
+        self._total[layer] += self._weight[layer] * elapsed
+        score = self._score
+        for key, count in zip(keys, counts, strict=True):
+            score[key] += unit * count
+        if self._weight[layer] > _RESCALE:
+            self._rescale(layer)
+
+    def _rescale(self, layer: int) -> None:
+        factor = 1.0 / self._weight[layer]
+        self._weight[layer] = 1.0
+        self._total[layer] *= factor
+        for key, owner in enumerate(self._layer_of):
+            if owner == layer:
+                self._score[key] *= factor
+        heap = [(self._score[key], key) for _, key in self._heaps[layer]]
+        heapify(heap)
+        self._heaps[layer] = heap
+
+    def probability(self, key: int) -> float:
+        """Estimated probability that the next token of the key's layer uses it."""
+        total = self._total[self._layer_of[key]]
+        return self._score[key] / total if total else 0.0
+
+    def free(self) -> int:
+        """Slots holding nothing."""
+        return len(self._free)
+
+    def pin(self, key: int) -> None:
+        """Protect a resident key until it is released."""
+        self.pinned[key] = 1
+
+    def acquire(self, key: int, force: bool = False) -> int | None:
+        """Give a slot to a key that is not resident, pinned; None if that would cost a more probable key.
+
+        ``force`` evicts the least probable key even then; None then means that every slot is pinned.
+        """
+        if not self._free:
+            victim = self._victim()
+            if victim is None or not (force or self.probability(victim) < self.probability(key)):
+                return None
+            self._evict(victim)
+        slot = self._free.pop()
+        self.slot_of[key] = slot
+        self.pinned[key] = 1
+        return slot
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Unpin keys whose bytes were used, then restore the reserve."""
+        for key in keys:
+            self.pinned[key] = 0
+            if not self._in_heap[key]:
+                self._in_heap[key] = 1
+                heappush(self._heaps[self._layer_of[key]], (self._score[key], key))
+        while len(self._free) < self.reserve:
+            victim = self._victim()
+            if victim is None:
+                return
+            self._evict(victim)
+
+    def discard(self, key: int) -> None:
+        """Free the slot of a key whose bytes did not arrive."""
+        self.pinned[key] = 0
+        self._free.append(self.slot_of[key])
+        self.slot_of[key] = NO_SLOT
+
+    def _victim(self) -> int | None:
+        """The least probable evictable key."""
+        best, best_probability = None, float("inf")
+        for layer, heap in enumerate(self._heaps):
+            if not heap or heap[0][0] >= best_probability * self._total[layer]:
+                continue  # its minimum, even if stale (too low), cannot win
+            top = self._clean_top(heap)
+            if top is not None and (p := top[0] / self._total[layer]) < best_probability:
+                best, best_probability = top[1], p
+        return best
+
+    def _clean_top(self, heap: list[tuple[float, int]]) -> tuple[float, int] | None:
+        """Repair a heap until its top is current and evictable."""
+        while heap:
+            score, key = heap[0]
+            if self.pinned[key] or self.slot_of[key] == NO_SLOT:
+                heappop(heap)
+                self._in_heap[key] = 0
+            elif score != self._score[key]:
+                heapreplace(heap, (self._score[key], key))
+            else:
+                return heap[0]
+        return None
+
+    def _evict(self, key: int) -> None:
+        """Drop the key at the top of its layer's heap."""
+        heappop(self._heaps[self._layer_of[key]])
+        self._in_heap[key] = 0
+        self._free.append(self.slot_of[key])
+        self.slot_of[key] = NO_SLOT
+
+
+class LRU(LFRU):
+    """Least recently used, for comparison; with ``reserve = capacity`` nothing stays once it was used."""
+
+    def __init__(self, capacity: int, layer_of_key: Sequence[int], reserve: int = 0) -> None:
+        super().__init__(capacity, layer_of_key, reserve)
+        self._total = [1.0] * len(self._total)
+        self._now = 0.0
+
+    def record(self, layer: int, keys: Sequence[int], counts: Sequence[int], rows: int) -> None:
+        """Note a use of ``keys``; how often does not matter."""
+        self._now += 1.0
+        for key in keys:
+            self._score[key] = self._now
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one layer of one step asked for."""
+
+    layer: int
+    keys: Sequence[int]  # distinct
+    counts: Sequence[int]  # rows that chose each key
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Outcome of a replayed trace."""
+
+    hits: int
+    requests: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of requested keys that were resident."""
+        return self.hits / self.requests if self.requests else 0.0
+
+
+def simulate(policy: LFRU, trace: Sequence[Request]) -> Replay:
+    """Replay a trace as the store would if every read were instantaneous."""
+    hits = requests = 0
+    for request in trace:
+        policy.record(request.layer, request.keys, request.counts, request.rows)
+        held = [key for key in request.keys if policy.slot_of[key] != NO_SLOT]
+        misses = [key for key in request.keys if policy.slot_of[key] == NO_SLOT]
+        hits += len(held)
+        requests += len(request.keys)
+        for key in held:
+            policy.pin(key)
+        for key in misses:
+            if policy.acquire(key) is None:
+                policy.release(held)
+                held = []
+                policy.acquire(key, force=True)
+            held.append(key)
+        policy.release(held)
+    return Replay(hits, requests)
+
+
+def belady(trace: Sequence[Request], slots: int) -> Replay:
+    """The best any policy could do knowing the future (Belady 1966): keep what is needed soonest."""
+    never = len(trace)
+    later: dict[int, int] = {}
+    next_uses: list[list[int]] = []
+    for at in range(len(trace) - 1, -1, -1):
+        next_uses.append([later.get(key, never) for key in trace[at].keys])
+        later.update(dict.fromkeys(trace[at].keys, at))
+    next_uses.reverse()
+
+    hits = requests = 0
+    resident: dict[int, int] = {}  # key: next use
+    heap: list[tuple[int, int]] = []  # (-next use, key), some stale
+    for request, uses in zip(trace, next_uses, strict=True):
+        hits += sum(key in resident for key in request.keys)
+        requests += len(request.keys)
+        for key, use in zip(request.keys, uses, strict=True):
+            resident[key] = use
+            heappush(heap, (-use, key))
+        while len(resident) > slots:
+            use, key = heappop(heap)
+            if resident.get(key) == -use:
+                del resident[key]
+    return Replay(hits, requests)
