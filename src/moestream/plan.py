@@ -1,0 +1,158 @@
+"""The memory plan: what stays resident, what a batch needs, and how many expert slots the rest of the budget holds.
+
+The budget covers the whole process, so what Python already uses counts too. Everything is computed from headers before
+anything large is allocated. Shape letters: as in ``ops/base.py``; additionally V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from moestream.config import RunConfig, format_size
+from moestream.errors import BudgetError, ConfigError
+from moestream.experts.arena import area_nbytes
+from moestream.models.config import ModelConfig
+from moestream.models.states import nbytes_fixed, nbytes_per_token
+from moestream.models.weights import WeightMap
+from moestream.ops.base import Ops
+
+DEFAULT_CONTEXT = 8192
+DEFAULT_SHARE = 0.85  # of the available memory, when no budget is given
+FLOAT32 = 4
+LIVE_RESIDUALS = 6  # arrays [T, H] alive at once: residual, normed, mixer or shared output, their sums, kernel copies
+RUNTIME_NBYTES = 48 << 20  # interpreter growth, thread stacks and kernel scratch after the plan is made
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by purpose; ``total`` is what the process will use at most."""
+
+    budget: int
+    baseline: int
+    """Resident memory of the process before loading, plus what the runtime will add."""
+    dense: int
+    """Weights that stay resident, as the backend holds them."""
+    states: int
+    """KV caches and delta-net states of ``max_batch`` sequences of ``context`` tokens."""
+    scratch: int
+    """Activations, expert outputs and logits of the largest step."""
+    slot_nbytes: int
+    """One expert, with the room that unaligned direct reads need."""
+    slots: int
+    slots_minimum: int
+    """Fewer cannot hold the experts of one token."""
+    experts: int
+    """Routed experts of all layers."""
+    context: int
+    max_batch: int
+    token_nbytes: int
+    """Expert bytes that a token touches, over all layers."""
+
+    @property
+    def arena(self) -> int:
+        """Bytes of all slots."""
+        return self.slots * self.slot_nbytes
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of everything but the slots."""
+        return self.baseline + self.dense + self.states + self.scratch
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole process."""
+        return self.fixed + self.arena
+
+
+def plan_memory(
+    weights: WeightMap, config: ModelConfig, run: RunConfig, ops: Ops, budget: int | None = None
+) -> MemoryPlan:
+    """Divide a memory budget.
+
+    Args:
+        weights: from ``map_weights``.
+        config: the model.
+        run: chunk, batch, context and cache mode; ``run.ram`` is the budget unless one is given.
+        ops: the backend; the reference decodes matrices to float32, exact backends keep a float32 KV cache.
+        budget: bytes of the whole process; None: ``run.ram``, or most of what is available.
+
+    Raises:
+        BudgetError: the budget does not hold what must be resident; says what is needed and which flags lower it.
+        ConfigError: the context is longer than the model's.
+    """
+    budget = budget or run.ram or default_budget()
+    context = run.context or min(config.max_positions, DEFAULT_CONTEXT)
+    if context > config.max_positions:
+        raise ConfigError(f"context is {context}, the model was trained for {config.max_positions} positions")
+    active = run.active_experts or config.moe.active
+    tables = weights.experts
+    slot_nbytes = max((sum(map(area_nbytes, t.layout.part_nbytes)) for t in tables.values()), default=0)
+    fixed = {
+        "baseline": psutil.Process().memory_info().rss + RUNTIME_NBYTES,
+        "dense": _dense_nbytes(weights, ops),
+        "states": run.max_batch * (context * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)),
+        "scratch": _scratch_nbytes(config, run, active),
+    }
+    experts = len(tables) * config.moe.experts
+    minimum = active if tables else 0
+    left = budget - sum(fixed.values())
+    if left < minimum * slot_nbytes:
+        raise _too_small(budget, fixed, minimum * slot_nbytes, run, context)
+    wanted = experts
+    if run.cache != "arena" and tables:  # slots only receive the reads of one layer; the rest is the OS's or nobody's
+        wanted = min(config.moe.experts, max(active * run.max_batch, run.io_threads))
+    return MemoryPlan(
+        budget=budget,
+        **fixed,
+        slot_nbytes=slot_nbytes,
+        slots=min(wanted, left // slot_nbytes) if tables else 0,
+        slots_minimum=minimum,
+        experts=experts,
+        context=context,
+        max_batch=run.max_batch,
+        token_nbytes=active * sum(t.layout.nbytes for t in tables.values()),
+    )
+
+
+def default_budget() -> int:
+    """Most of the available memory, on top of what the process already has."""
+    return int(psutil.Process().memory_info().rss + psutil.virtual_memory().available * DEFAULT_SHARE)
+
+
+def _dense_nbytes(weights: WeightMap, ops: Ops) -> int:
+    """Resident weights: raw parts as ``load_extents`` places them, and small vectors as float32."""
+    total = sum(area_nbytes(part.nbytes) for spec in weights.matrices() for part in spec.parts)
+    for layer in weights.layers:
+        vectors = [layer.mixer_norm, layer.mlp_norm, *layer.mixer.vectors.values(), *layer.mlp.vectors.values()]
+        total += sum(entry.nbytes for entry in vectors) * 2  # bf16 becomes float32
+    if ops.name == "reference":
+        total += sum(spec.layout.rows * spec.layout.cols for spec in weights.matrices()) * FLOAT32
+    return total
+
+
+def _scratch_nbytes(config: ModelConfig, run: RunConfig, active: int) -> int:
+    """Activations of the largest step: one prompt chunk beside a full batch of decoding rows."""
+    a, d, m = config.attention, config.delta_net, config.moe
+    attention = (2 + a.gated) * a.heads * a.head_dim + 2 * a.kv_heads * a.head_dim
+    delta_net = 0 if d is None else 2 * d.channels + 3 * d.values
+    mlp = 3 * max(m.shared_intermediate, config.dense_intermediate) + active * (config.hidden_size + 2 * m.intermediate)
+    row = LIVE_RESIDUALS * config.hidden_size + max(attention, delta_net, mlp + m.experts)
+    rows = run.prefill_chunk + run.max_batch
+    return FLOAT32 * (rows * row + 2 * run.max_batch * config.vocab_size)
+
+
+def _too_small(budget: int, fixed: dict[str, int], slots: int, run: RunConfig, context: int) -> BudgetError:
+    """Say what is needed, and for each part that can shrink, by which flag."""
+    need = sum(fixed.values()) + slots
+    return BudgetError(
+        f"the memory budget is {format_size(budget)}, but at least {format_size(need)} are needed:\n"
+        f"  {format_size(fixed['baseline'])} process\n"
+        f"  {format_size(fixed['dense'])} resident weights\n"
+        f"  {format_size(fixed['states'])} states of {run.max_batch} sequences of {context} tokens"
+        " (lower --context or --max-batch)\n"
+        f"  {format_size(fixed['scratch'])} working memory (lower --prefill-chunk or --max-batch)\n"
+        f"  {format_size(slots)} expert slots for one token\n"
+        "Raise --ram, or lower the flags named above"
+    )
