@@ -1,0 +1,174 @@
+#include "cpu/matrix/products.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/pool.h"
+
+namespace moestream {
+namespace {
+
+constexpr int64_t kTileRows = 64;          // matrix rows of a work item with many activation rows
+constexpr int64_t kItemBytes = 64 * 1024;  // bytes of a matrix a work item reads with few activation rows
+constexpr int64_t kHiddenRows = 128;       // a multiple of every group: items write whole groups of the hidden values
+constexpr int64_t kHiddenChunk = 128;      // activation rows whose hidden values a thread holds at once
+
+int64_t row_bytes(const MatrixLayout& m) {
+    switch (m.kind) {
+        case Kind::affine:
+            return m.cols * m.bits / 8 + m.cols / m.group * (m.scale_kind == Kind::f32 ? 8 : 4);
+        case Kind::f32:
+            return m.cols * 4;
+        default:
+            return m.cols * 2;
+    }
+}
+
+// Rows of a work item: few enough for an even spread, enough to be worth a hand-out.
+int64_t item_rows(const MatrixLayout& m, int count) {
+    if (count > kMaxVectorRows) return kTileRows;
+    return std::clamp<int64_t>(kItemBytes / row_bytes(m) / 8 * 8, 8, 512);
+}
+
+int64_t items_of(int64_t rows, int64_t per_item) { return (rows + per_item - 1) / per_item; }
+
+// Finds the owner of an item: starts[i] <= item < starts[i + 1].
+int64_t owner(const std::vector<int64_t>& starts, int64_t item) {
+    return std::upper_bound(starts.begin(), starts.end(), item) - starts.begin() - 1;
+}
+
+// The hidden values silu(gate x) * up x of all blocks, in the forms `down` needs.
+struct Hidden {
+    Form form;
+    Buffer<float> values;
+    Activations view;
+    bool keep_values;
+
+    void resize(int64_t rows, const MatrixLayout& down, bool exact) {
+        const bool affine = down.kind == Kind::affine;
+        keep_values = exact || !affine;
+        float* kept = keep_values ? values.resize(rows * down.cols) : nullptr;
+        if (affine) form.resize(rows, down.cols, down.group, exact);
+        view = affine ? form.view() : Activations{};
+        view.values = kept;
+        view.value_stride = down.cols;
+    }
+};
+
+// Hidden columns [begin, end) of one block, activation rows [first, first + count).
+void hidden_item(const MatrixKernels& kernels, const Block& block, const Activations& gate_x, const Activations& up_x,
+                 bool exact, int64_t begin, int64_t end, int64_t hidden_row, Hidden& hidden) {
+    thread_local Buffer<float> scratch;
+    const int64_t width = end - begin;
+    const int64_t chunk = std::min<int64_t>(block.count, kHiddenChunk);
+    float* gate = scratch.resize(2 * chunk * width);
+    float* up = gate + chunk * width;
+    // A block's rows are cut the same way whatever else runs, so the choice of kernel depends on its count alone.
+    const int64_t chunks = items_of(block.count, kHiddenChunk);
+    for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t first = block.count * c / chunks;
+        const int count = static_cast<int>(block.count * (c + 1) / chunks - first);
+        Product job{&block.gate, begin, end, &gate_x, block.x_rows + first, count, gate, width, nullptr, exact};
+        kernels.multiply(job);
+        job.matrix = &block.up;
+        job.x = &up_x;
+        job.out = up;
+        kernels.multiply(job);
+        kernels.silu_mul(gate, up, count * width);
+        const MatrixLayout& down = block.down.layout;
+        for (int64_t t = 0; t < count; ++t) {
+            const int64_t row = hidden_row + first + t;
+            const float* values = gate + t * width;
+            if (hidden.keep_values) std::copy(values, values + width, hidden.values.get() + row * down.cols + begin);
+            if (down.kind == Kind::affine)
+                hidden.form.prepare(kernels, values, row, begin, end, down.bits, down.group, exact);
+        }
+    }
+}
+
+}  // namespace
+
+void linear(Input& x, const Target* targets, int count) {
+    const MatrixKernels& kernels = matrix_kernels();
+    std::vector<const Activations*> inputs(static_cast<size_t>(count));
+    for (int i = 0; i < count; ++i) x.for_layout(targets[i].matrix->layout);
+    for (int i = 0; i < count; ++i) inputs[i] = &x.for_layout(targets[i].matrix->layout);
+    const int rows = static_cast<int>(x.rows());
+    std::vector<int64_t> starts{0};
+    for (int i = 0; i < count; ++i) {
+        const MatrixLayout& m = targets[i].matrix->layout;
+        starts.push_back(starts.back() + items_of(m.rows, item_rows(m, rows)));
+    }
+    pool().parallel_for(starts.back(), 1, [&](int64_t begin_item, int64_t end_item) {
+        for (int64_t item = begin_item; item < end_item; ++item) {
+            const int64_t i = owner(starts, item);
+            const MatrixLayout& m = targets[i].matrix->layout;
+            const int64_t per_item = item_rows(m, rows);
+            const int64_t begin = (item - starts[i]) * per_item;
+            const int64_t end = std::min(begin + per_item, m.rows);
+            kernels.multiply(Product{targets[i].matrix, begin, end, inputs[i], nullptr, rows, targets[i].out + begin,
+                                     m.rows, nullptr, x.exact()});
+        }
+    });
+}
+
+void gated_blocks(Input& x, const Block* blocks, int count, float* out, int64_t out_stride) {
+    if (count == 0) return;
+    const MatrixKernels& kernels = matrix_kernels();
+    thread_local Hidden hidden;
+    thread_local std::vector<int64_t> rows;   // [count + 1] first hidden row of a block
+    thread_local std::vector<int64_t> items;  // [count + 1] first down item of a block
+    thread_local std::vector<int32_t> order;  // 0, 1, 2, ...
+    // Captured by reference below: a thread_local name would mean the worker's own.
+    Hidden& h = hidden;
+    std::vector<int64_t>& row_starts = rows;
+    std::vector<int64_t>& item_starts = items;
+    const MatrixLayout& wide = blocks[0].gate.layout;
+    const MatrixLayout& down = blocks[0].down.layout;
+    row_starts.assign(1, 0);
+    item_starts.assign(1, 0);
+    for (int i = 0; i < count; ++i) {
+        row_starts.push_back(row_starts.back() + blocks[i].count);
+        item_starts.push_back(item_starts.back() + items_of(down.rows, item_rows(down, blocks[i].count)));
+    }
+    while (static_cast<int64_t>(order.size()) < std::max(row_starts.back(), x.rows()))
+        order.push_back(static_cast<int32_t>(order.size()));
+    const int32_t* identity = order.data();
+    h.resize(row_starts.back(), down, x.exact());
+    x.for_layout(wide);
+    x.for_layout(blocks[0].up.layout);
+    const Activations& gate_x = x.for_layout(wide);
+    const Activations& up_x = x.for_layout(blocks[0].up.layout);
+
+    const int64_t parts = items_of(wide.rows, kHiddenRows);
+    pool().parallel_for(parts * count, 1, [&](int64_t begin_item, int64_t end_item) {
+        for (int64_t item = begin_item; item < end_item; ++item) {
+            Block block = blocks[item / parts];
+            if (block.x_rows == nullptr) block.x_rows = identity;
+            const int64_t begin = item % parts * kHiddenRows;
+            hidden_item(kernels, block, gate_x, up_x, x.exact(), begin, std::min(begin + kHiddenRows, wide.rows),
+                        row_starts[item / parts], h);
+        }
+    });
+    pool().parallel_for(item_starts.back(), 1, [&](int64_t begin_item, int64_t end_item) {
+        for (int64_t item = begin_item; item < end_item; ++item) {
+            const int64_t i = owner(item_starts, item);
+            const Block& block = blocks[i];
+            const int64_t per_item = item_rows(down, block.count);
+            const int64_t begin = (item - item_starts[i]) * per_item;
+            const int64_t end = std::min(begin + per_item, down.rows);
+            // Hidden rows of a block are consecutive.
+            kernels.multiply(Product{&block.down, begin, end, &h.view, identity + row_starts[i], block.count,
+                                     out + begin, out_stride, block.out_rows, x.exact()});
+        }
+    });
+}
+
+void embed(const MatrixView& table, const int32_t* ids, int64_t count, float* out) {
+    const MatrixKernels& kernels = matrix_kernels();
+    pool().parallel_for(count, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) kernels.dequantise(table, ids[i], out + i * table.layout.cols);
+    });
+}
+
+}  // namespace moestream
