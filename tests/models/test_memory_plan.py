@@ -1,0 +1,57 @@
+"""Budgets: what fits is divided, what does not says what is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from golden_models import Golden, golden
+
+from moestream.config import RunConfig
+from moestream.errors import BudgetError, ConfigError
+from moestream.models.registry import parse_config
+from moestream.models.weights import map_weights
+from moestream.ops.reference import ReferenceOps
+from moestream.plan import MemoryPlan, plan_memory
+
+
+def planned(tiny: Golden, run: RunConfig, budget: int | None = None) -> MemoryPlan:
+    config, names = parse_config(tiny.checkpoint.config)
+    return plan_memory(map_weights(tiny.checkpoint, config, names), config, run, ReferenceOps(), budget)
+
+
+def test_slots_fill_the_budget(tiny: Golden) -> None:
+    everything = planned(tiny, RunConfig(context=64))
+    assert everything.slots == everything.experts
+    assert everything.total <= everything.budget
+    slack = 8 << 20  # the process grows a little between two plans
+    tight = planned(tiny, RunConfig(context=64), everything.fixed + 8 * everything.slot_nbytes + slack)
+    assert tight.slots_minimum <= tight.slots
+    assert tight.total <= tight.budget
+
+
+def test_too_small_budgets_name_the_flags() -> None:
+    tiny = golden("qwen3_5-mlx4")
+    with pytest.raises(BudgetError) as caught:
+        planned(tiny, RunConfig(ram=1_000_000))
+    for word in ("1.0 MB", "--ram", "--context", "--max-batch", "--prefill-chunk", "8 sequences of 4096 tokens"):
+        assert word in str(caught.value)
+
+
+def test_modes_without_a_cache_take_only_staging_slots() -> None:
+    tiny = golden("qwen3_5-mlx4")
+    run = RunConfig(max_batch=1, io_threads=1)
+    for mode in ("page", "none"):
+        assert planned(tiny, dataclasses.replace(run, cache=mode)).slots == 3
+
+
+def test_context_is_bounded_by_the_model() -> None:
+    with pytest.raises(ConfigError, match="context is 5000, the model was trained for 4096"):
+        planned(golden("qwen3_5-mlx4"), RunConfig(context=5000))
+
+
+def test_a_token_touches_k_experts_of_each_layer(tiny: Golden) -> None:
+    config, names = parse_config(tiny.checkpoint.config)
+    one = sum(table.layout.nbytes for table in map_weights(tiny.checkpoint, config, names).experts.values())
+    assert planned(tiny, RunConfig()).token_nbytes == 3 * one
+    assert planned(tiny, RunConfig(active_experts=1)).token_nbytes == one
