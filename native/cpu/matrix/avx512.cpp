@@ -182,9 +182,7 @@ struct Codes {
     static void split(VB codes, VB* out) { out[0] = codes; }
 };
 
-#include "cpu/matrix/table.h"
-#include "cpu/matrix/tile_product.h"
-#include "cpu/matrix/vector_product.h"
+#include "cpu/matrix/tier.h"
 
 }  // namespace
 

@@ -211,9 +211,7 @@ struct Codes<4> {
     }
 };
 
-#include "cpu/matrix/table.h"
-#include "cpu/matrix/tile_product.h"
-#include "cpu/matrix/vector_product.h"
+#include "cpu/matrix/tier.h"
 
 }  // namespace
 

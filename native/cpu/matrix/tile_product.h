@@ -2,6 +2,7 @@
 // multiplied with every activation row. Included inside the anonymous namespace of one instruction tier.
 //
 // A panel holds two vectors (kTile matrix rows) per step of the inner loop; activations are broadcast.
+#include "cpu/matrix/vector_product.h"
 
 constexpr int kTile = 2 * kLanes;
 constexpr int kCodeBlock = 1024;  // columns of a panel: with int8 codes it fills half to two thirds of the L1 cache

@@ -1,5 +1,6 @@
 // Preparation of activations, element-wise helpers, probes and the table of one instruction tier. Included last inside
 // its anonymous namespace.
+#include "cpu/matrix/tile_product.h"
 
 // Position in code order of column `k`, where `step` columns are interleaved (0: natural order).
 inline int64_t code_position(int64_t k, int64_t step) {
