@@ -6,10 +6,14 @@ Shape letters: as in ``base.py``. Every method allocates its result; the kernels
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import numpy as np
 
-from moestream import _native
 from moestream.ops.base import F32, I32, AttentionParams, DeltaNetParams, DeltaState, KVCache
+
+_native: Any = importlib.import_module("moestream._native")  # compiled; has no stub
 
 
 class SequenceOps:
