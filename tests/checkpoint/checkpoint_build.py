@@ -6,7 +6,7 @@ import numpy as np
 
 from moestream.checkpoint import quant
 from moestream.checkpoint.encoding import Encoding
-from moestream.checkpoint.safetensors import NewTensor, write_safetensors
+from moestream.checkpoint.safetensors import NewTensor, pread_exact, write_safetensors
 
 SAFETENSORS_NAME = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 
@@ -52,6 +52,12 @@ def write_folder(path, tensors, config=None, shards=1, align=8):
         weight_map |= {tensor.name: name for tensor in mine}
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return path
+
+
+def read_range(checkpoint, where):
+    """Bytes of one [file, offset, nbytes] of an expert table."""
+    file, offset, nbytes = where
+    return np.frombuffer(pread_exact(checkpoint.files[file], offset, nbytes), np.uint8)
 
 
 AFFINE4 = Encoding("affine", 4, 64)

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from checkpoint_build import AFFINE4, BF16, module, normal, write_folder
+from checkpoint_build import AFFINE4, BF16, module, normal, read_range, write_folder
 
 from moestream.checkpoint import quant
 from moestream.checkpoint.encoding import Encoding
 from moestream.checkpoint.index import open_checkpoint
-from moestream.checkpoint.safetensors import NewTensor, pread_exact
+from moestream.checkpoint.safetensors import NewTensor
 from moestream.errors import TensorError
 
 E, H, I = 5, 192, 64  # noqa: E741
@@ -46,7 +46,7 @@ FORMS = {
 
 def read_expert(ckpt, table, e):
     """Decoded gate, up and down of expert e, from the table's ranges alone."""
-    raw = [np.frombuffer(pread_exact(ckpt.files[f], o, n), np.uint8) for f, o, n in table.ranges[e].tolist()]
+    raw = [read_range(ckpt, r) for r in table.ranges[e].tolist()]
     out = []
     for layout in table.layout.matrices:
         count = len(layout.part_nbytes)

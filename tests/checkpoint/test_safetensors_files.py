@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moestream.checkpoint.safetensors import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
+    STAGE_BYTES,
     NewTensor,
     pread_exact,
     read_header,
@@ -186,6 +187,16 @@ def test_writer_round_trip(tmp_path, align):
     for name, want in {"a": a.tobytes(), "b": b.tobytes(), "none": b""}.items():
         t = found.tensors[name]
         assert pread_exact(path, t.offset, t.nbytes) == want
+
+
+def test_large_file_in_odd_pieces(tmp_path):
+    """Across the stages of direct writing, with an odd tail."""
+    path = tmp_path / "x.safetensors"
+    data = np.random.default_rng(0).integers(0, 256, 2 * STAGE_BYTES + 12345, dtype=np.uint8)
+    pieces = np.split(data, [1, 5000, STAGE_BYTES - 1, STAGE_BYTES + 3])
+    write_safetensors(path, [NewTensor("x", "U8", data.shape, pieces)], align=1)
+    found = read_header(path).tensors["x"]
+    assert (np.frombuffer(pread_exact(path, found.offset, found.nbytes), np.uint8) == data).all()
 
 
 def test_writer_leaves_nothing_behind(tmp_path):

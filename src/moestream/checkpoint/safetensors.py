@@ -7,7 +7,10 @@ exactly, so a hole, an overlap or trailing bytes are errors. Nothing is mapped a
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import mmap
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -23,6 +26,7 @@ from moestream.errors import CheckpointError, HeaderError, ReadError, TensorErro
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**63 - 1
+STAGE_BYTES = 16 << 20
 
 DTYPE_BITS: dict[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -281,13 +285,16 @@ def write_safetensors(
     text += b" " * (-(8 + len(text)) % align)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb", buffering=0) as file:
-            _write_all(file.fileno(), len(text).to_bytes(8, "little") + text)
+        file = _StagedFile(temporary)
+        try:
+            file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors:
-                written = sum(_write_all(file.fileno(), chunk) for chunk in tensor.chunks)
+                written = sum(file.write(chunk) for chunk in tensor.chunks)
                 if written != tensor.nbytes:
                     raise ValueError(f"tensor {tensor.name!r}: {written} bytes given, {tensor.nbytes} expected")
-            os.fsync(file.fileno())
+            file.finish()
+        finally:
+            os.close(file.descriptor)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -295,14 +302,61 @@ def write_safetensors(
     fsync_directory(path.parent)
 
 
-def _write_all(descriptor: int, chunk: npt.NDArray[Any] | bytes) -> int:
-    """Write a whole chunk (the kernel takes at most 2 GiB at a time) and return its size."""
-    raw = np.frombuffer(chunk, np.uint8) if isinstance(chunk, bytes) else np.ascontiguousarray(chunk).reshape(-1)
-    view = raw.view(np.uint8).data
-    done = 0
-    while done < len(view):
-        done += os.write(descriptor, view[done:])
-    return done
+class _StagedFile:
+    """Sequential writes through one aligned buffer, past the page cache where the system can.
+
+    A file of many GB would otherwise evict everything else and wait for write-back (0.2-0.9 against 2 GB/s measured).
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._direct = getattr(os, "O_DIRECT", 0)  # absent on macOS
+        try:
+            self.descriptor = os.open(path, flags | self._direct, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._direct = 0  # the file system refuses direct access
+            self.descriptor = os.open(path, flags, 0o666)
+        self._stage = np.frombuffer(mmap.mmap(-1, STAGE_BYTES), np.uint8)  # page aligned
+        self._fill = 0
+
+    def write(self, chunk: npt.NDArray[Any] | bytes) -> int:
+        """Append all bytes of a chunk and return how many there were."""
+        raw = np.frombuffer(chunk, np.uint8) if isinstance(chunk, bytes) else np.ascontiguousarray(chunk).reshape(-1)
+        raw = raw.view(np.uint8)
+        done = 0
+        while done < raw.size:
+            piece = raw[done : done + STAGE_BYTES - self._fill]
+            self._stage[self._fill : self._fill + piece.size] = piece
+            self._fill += piece.size
+            done += piece.size
+            if self._fill == STAGE_BYTES:
+                self._flush()
+        return raw.size
+
+    def finish(self) -> None:
+        """Write what is left, which is rarely a multiple of a block, and wait for the disk."""
+        self._leave_direct_mode()
+        self._flush()
+        os.fsync(self.descriptor)
+
+    def _flush(self) -> None:
+        view = self._stage.data[: self._fill]
+        while view:
+            try:
+                view = view[os.write(self.descriptor, view) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._leave_direct_mode()  # some file systems refuse only now
+        self._fill = 0
+
+    def _leave_direct_mode(self) -> None:
+        if self._direct:
+            flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~self._direct)
+            self._direct = 0
 
 
 def fsync_directory(path: Path) -> None:
