@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 
 NO_SLOT = -1
+_NEW = 2
 _RESCALE = 2.0**200
 
 
@@ -29,8 +30,8 @@ class LFRU:
     sweep, so a sweep larger than the cache keeps what it has instead of replacing everything (LRU then hits 0 %).
     A prefill chunk counts as at most one half-life of tokens.
 
-    ``reserve`` slots are kept free for bytes on their way: a newcomer competes for its place when it has been used, and
-    evicts earlier only what scores lower.
+    At most ``capacity - reserve`` keys are kept; the other slots are for bytes on their way. A newcomer competes for its
+    place when it has been used, and evicts earlier only what scores lower.
 
     Decay is applied forward (new uses weigh more), so scores only grow and one lazily repaired heap per layer gives
     the minimum: O(1) per hit, O(log E + layers) per eviction.
@@ -42,6 +43,7 @@ class LFRU:
         self.slot_of = [NO_SLOT] * len(layer_of_key)
         """Slot of each key, or NO_SLOT."""
         self.pinned = bytearray(len(layer_of_key))
+        """Per key: 0 evictable or not resident, 1 in use, 2 in use for the first time."""
         self._half_life = half_life
         self._layer_of = list(layer_of_key)
         layers = max(self._layer_of, default=0) + 1
@@ -51,6 +53,7 @@ class LFRU:
         self._free = list(range(capacity - 1, -1, -1))
         self._heaps: list[list[tuple[float, int]]] = [[] for _ in range(layers)]  # (score once, key), evictable keys
         self._in_heap = bytearray(len(layer_of_key))
+        self._kept = 0  # resident keys that were used at least once
 
     def record(self, layer: int, keys: Sequence[int], counts: Sequence[int], rows: int) -> None:
         """Note that ``rows`` tokens ran through ``layer`` and key i was chosen by ``counts[i]`` of them."""
@@ -102,17 +105,18 @@ class LFRU:
             self._evict(victim)
         slot = self._free.pop()
         self.slot_of[key] = slot
-        self.pinned[key] = 1
+        self.pinned[key] = _NEW
         return slot
 
     def release(self, keys: Sequence[int]) -> None:
-        """Unpin keys whose bytes were used, then restore the reserve."""
+        """Unpin keys whose bytes were used, then evict the least probable beyond what may be kept."""
         for key in keys:
+            self._kept += self.pinned[key] == _NEW
             self.pinned[key] = 0
             if not self._in_heap[key]:
                 self._in_heap[key] = 1
                 heappush(self._heaps[self._layer_of[key]], (self._score[key], key))
-        while len(self._free) < self.reserve:
+        while self._kept > self.capacity - self.reserve:
             victim = self._victim()
             if victim is None:
                 return
@@ -128,7 +132,7 @@ class LFRU:
         """The least probable evictable key."""
         best, best_probability = None, float("inf")
         for layer, heap in enumerate(self._heaps):
-            if not heap or heap[0][0] >= best_probability * self._total[layer]:
+            if not heap or heap[0][0] / self._total[layer] >= best_probability:
                 continue  # its minimum, even if stale (too low), cannot win
             top = self._clean_top(heap)
             if top is not None and (p := top[0] / self._total[layer]) < best_probability:
@@ -152,6 +156,7 @@ class LFRU:
         """Drop the key at the top of its layer's heap."""
         heappop(self._heaps[self._layer_of[key]])
         self._in_heap[key] = 0
+        self._kept -= 1
         self._free.append(self.slot_of[key])
         self.slot_of[key] = NO_SLOT
 

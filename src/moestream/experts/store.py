@@ -131,11 +131,7 @@ class ExpertStore:
         self._open(files, direct=mode != "page")
         self.arena = Arena(slots, max((p.slot_nbytes for p in self._plans if p is not None), default=BLOCK))
         reader.attach(self.arena.memory)
-        self.policy = (
-            LFRU(slots, layer_of_key, reserve=min(LANDING_SLOTS, slots // 4))
-            if mode == "arena"
-            else LRU(slots, layer_of_key, reserve=slots)
-        )
+        self.policy = self._make_policy(slots, layer_of_key)
         self._next_ticket = 0
         self._active: ExpertStream | None = None
         self._hits = self._misses = self._failed = 0
@@ -150,6 +146,12 @@ class ExpertStore:
             ids[file] = self.reader.open(files[file], direct)
         for plan in plans:
             plan.rows[:, :, FILE] = ids[plan.rows[:, :, FILE]]
+
+    def _make_policy(self, slots: int, layer_of_key: list[int]) -> LFRU:
+        if self.mode != "arena":
+            return LRU(slots, layer_of_key, reserve=slots)
+        everything_fits = slots >= len(layer_of_key)
+        return LFRU(slots, layer_of_key, reserve=0 if everything_fits else min(LANDING_SLOTS, slots // 4))
 
     def stream(self, layer: int, ids: I32) -> ExpertStream:
         """Submit every read that the layer needs, as far as slots allow; iterate the result for the waves.
