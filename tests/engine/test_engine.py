@@ -143,7 +143,7 @@ def test_end_tokens_stop_and_can_be_ignored():
 
 def test_context_bounds_prompt_and_reply():
     engine, _ = make(context=10)
-    with pytest.raises(RequestError, match=r"has 10 tokens; .* context of 10 tokens holds 9"):
+    with pytest.raises(RequestError, match="has 10 tokens, but the context of 10 tokens holds 9"):
         engine.add([1] * 10, GREEDY)
     sequence = engine.add([1] * 8, SamplingParams(max_tokens=None))
     drain(engine)
@@ -249,6 +249,20 @@ def test_interrupt_cancels_the_step_and_leaves_the_engine_usable():
     again = engine.add([1], GREEDY)
     drain(engine)
     assert again.tokens == alone([1], GREEDY)
+
+
+def test_logits_of_every_token_in_sweeps():
+    engine, model = make(prefill_chunk=4)
+    logits = engine.logits(np.arange(10))
+    assert model.steps == [[4], [4], [2]]
+    np.testing.assert_array_equal(logits[-1], engine.logits(list(range(10)))[-1])
+    assert logits.shape == (10, VOCAB)
+    assert logits[-1].argmax() == alone(list(range(10)), GREEDY)[0]
+    model.before = lambda batch: batch.failures.append((0, ReadError("gone")))
+    with pytest.raises(ReadError, match="gone"):
+        engine.logits([1])
+    with pytest.raises(RequestError, match="holds 64"):
+        engine.logits([1] * 65)
 
 
 def test_logprobs_belong_to_the_tokens():

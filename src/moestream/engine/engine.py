@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from moestream.engine.receipt import FinishReason, IoCounters, Usage
 from moestream.engine.sampling import Sampler, SamplingParams, TokenLogprobs
@@ -21,7 +22,9 @@ from moestream.engine.sequence import Sequence
 from moestream.errors import MoestreamError, NonFiniteLogitsError, RequestError
 from moestream.models.batch import Batch
 from moestream.models.states import SequenceStates
-from moestream.ops.base import F32
+from moestream.ops.base import F32, I64
+
+Ids = abc.Sequence[int] | npt.NDArray[np.integer]
 
 
 class EngineModel(Protocol):
@@ -76,6 +79,7 @@ class Engine:
         self._model = model
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
+        self._prefill_chunk = prefill_chunk
         self._scheduler = Scheduler(max_batch, prefill_chunk)
         self._counters = counters
         self._ids = itertools.count()
@@ -85,8 +89,8 @@ class Engine:
         """Whether every sequence has ended."""
         return not self._scheduler.running and not self._scheduler.waiting
 
-    def add(self, prompt: abc.Sequence[int], params: SamplingParams) -> Sequence:
-        """Queue a request.
+    def check(self, prompt: Ids, reply: int = 1) -> I64:
+        """Token ids as an array, if the engine can take them with room for ``reply`` more.
 
         Raises:
             RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
@@ -102,15 +106,42 @@ class Engine:
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             bad = int(ids[(ids < 0) | (ids >= self._vocab_size)][0])
             raise RequestError(f"token id {bad} is outside the vocabulary of {self._vocab_size}")
-        if ids.size >= self.context:
+        if ids.size + reply > self.context:
             raise RequestError(
-                f"the prompt has {ids.size} tokens; with room for a reply the context of {self.context} tokens holds "
-                f"{self.context - 1}. Load the model with a larger context if memory allows"
+                f"the prompt has {ids.size} tokens, but the context of {self.context} tokens holds "
+                f"{self.context - reply}{' and a reply' if reply else ''}. "
+                "Load the model with a larger context if memory allows"
             )
-        tokens = tuple(ids.tolist())
+        return ids.astype(np.int64)
+
+    def add(self, prompt: Ids, params: SamplingParams) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            RequestError: see ``check``.
+        """
+        tokens = tuple(self.check(prompt).tolist())
         sequence = Sequence(next(self._ids), tokens, params, Sampler(params, tokens), Usage(time.perf_counter()))
         self._scheduler.add(sequence)
         return sequence
+
+    def logits(self, ids: Ids) -> F32:
+        """Logits [T, V] after each of T tokens of a sequence of its own, in sweeps of the usual size.
+
+        Raises:
+            RequestError: see ``check``.
+            ReadError: an expert could not be read.
+        """
+        tokens = self.check(ids, reply=0).astype(np.int32)
+        states = self._model.new_states(len(tokens))
+        result = np.empty((len(tokens), self._vocab_size), np.float32)
+        for start in range(0, len(tokens), self._prefill_chunk):
+            chunk = slice(start, start + self._prefill_chunk)
+            batch = Batch.of([(tokens[chunk], states)], all_logits=True)
+            result[chunk] = self._model.forward(batch)
+            if batch.failures:
+                raise batch.failures[0][1]
+        return result
 
     def abort(self, sequence: Sequence, reason: FinishReason = "cancelled") -> None:
         """End a sequence now; ``"stop"`` when its text reached a stop string. No effect after its end."""

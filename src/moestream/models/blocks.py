@@ -22,8 +22,9 @@ RouterOverride = Callable[[int, int], I32]
 class ExpertStream(Protocol):
     """The experts of one layer of one step, as their bytes arrive."""
 
-    failures: Sequence[tuple[I32, ReadError]]
-    """After the loop: pairs whose expert could not be read. Every other pair was in exactly one wave."""
+    @property
+    def failures(self) -> Sequence[tuple[I32, ReadError]]:
+        """After the loop: pairs whose expert could not be read. Every other pair was in exactly one wave."""
 
     def __iter__(self) -> Iterator[Wave]:
         """Yield experts that are in memory; a wave is valid until the next one is asked for."""

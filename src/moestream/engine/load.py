@@ -1,0 +1,190 @@
+"""From a model folder to a running engine: headers, plan, reader, resident weights, slots.
+
+Nothing large is allocated before the plan fits the budget.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import warnings
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moestream.checkpoint.encoding import Extent
+from moestream.checkpoint.index import Checkpoint, open_checkpoint
+from moestream.config import RunConfig
+from moestream.engine.engine import Engine
+from moestream.engine.receipt import IoCounters, Receipt, Setup
+from moestream.engine.sequence import Sequence
+from moestream.errors import BackendError
+from moestream.experts.arena import load_extents
+from moestream.experts.reader import Reader, make_reader
+from moestream.experts.store import ExpertStore
+from moestream.models.config import ModelConfig
+from moestream.models.loader import load_model
+from moestream.models.model import Model
+from moestream.models.registry import parse_config
+from moestream.models.weights import map_weights
+from moestream.ops.base import U8, Ops
+from moestream.ops.reference import ReferenceOps
+from moestream.plan import MemoryPlan, plan_memory
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, bytes done, bytes in all)."""
+
+SLOW_FALLBACK = (
+    "slow fallback: the native kernels are not installed, numpy computes. "
+    "Fix: install a C++20 compiler and run `pip install --force-reinstall .` again; `moestream doctor` shows the state"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A loaded model and everything it runs on."""
+
+    folder: Path
+    config: ModelConfig
+    plan: MemoryPlan
+    model: Model
+    store: ExpertStore
+    reader: Reader
+    engine: Engine
+    setup: Setup
+
+    def receipt(self, sequence: Sequence) -> Receipt:
+        """The account of a finished sequence."""
+        assert sequence.finish_reason is not None
+        return Receipt.of(
+            sequence.usage,
+            self.setup,
+            prompt_tokens=len(sequence.prompt),
+            new_tokens=len(sequence.tokens),
+            finish_reason=sequence.finish_reason,
+            peak_rss=peak_rss(),
+        )
+
+    def close(self) -> None:
+        """Give back slots, files and threads."""
+        self.store.close()
+        self.reader.close()
+
+
+def load_runtime(
+    folder: Path, run: RunConfig, eos_ids: abc.Set[int] = frozenset(), progress: Progress | None = None
+) -> Runtime:
+    """Load a model folder.
+
+    Args:
+        folder: Hugging Face style folder.
+        run: How to run it.
+        eos_ids: End tokens besides those of ``config.json``.
+        progress: Told how many bytes of resident weights have been read.
+
+    Raises:
+        CheckpointError: the folder cannot be used.
+        BudgetError: the budget cannot hold what must be resident.
+        ConfigError: a setting does not fit the model.
+        BackendError: the backend asked for is not installed.
+        ReadError: the disk failed.
+    """
+    checkpoint = open_checkpoint(folder)
+    config, names = parse_config(checkpoint.config)
+    weights = map_weights(checkpoint, config, names)
+    ops, threads = choose_ops(run)
+    plan = plan_memory(weights, config, run, ops)
+    reader = make_reader(run.io_threads)
+    try:
+        tables = [weights.experts.get(layer) for layer in range(len(config.layers))]
+        store = ExpertStore(tables, checkpoint.files, max(1, plan.slots), run.cache, reader)
+        read = _resident_reader(checkpoint, reader, progress)
+        model = load_model(checkpoint, config, weights, ops, store, read, run.active_experts)
+    except BaseException:
+        reader.close()
+        raise
+    engine = Engine(
+        model,
+        vocab_size=config.vocab_size,
+        context=plan.context,
+        eos_ids=eos_ids | set(config.eos_ids),
+        max_batch=run.max_batch,
+        prefill_chunk=run.prefill_chunk,
+        counters=lambda: _counters(store),
+    )
+    setup = Setup(
+        backend=ops.name,
+        cache=run.cache,
+        exact=ops.exact,
+        experts_native=config.moe.active,
+        experts_used=model.active_experts,
+        slots=plan.slots,
+        slot_bytes=plan.slot_nbytes,
+        budget=plan.budget,
+        threads=threads,
+    )
+    return Runtime(folder, config, plan, model, store, reader, engine, setup)
+
+
+def choose_ops(run: RunConfig) -> tuple[Ops, int]:
+    """The backend to compute with and its threads; without a native one ``auto`` warns and takes the reference.
+
+    Raises:
+        BackendError: ``cpu`` was asked for and is not installed.
+    """
+    if run.backend == "reference":
+        return ReferenceOps(), 1
+    try:
+        from moestream.ops.cpu import CpuOps  # noqa: PLC0415 - missing in the pure-Python install
+    except ImportError as error:
+        if run.backend == "cpu":
+            raise BackendError(f"backend cpu is not installed. {SLOW_FALLBACK}") from error
+        warnings.warn(SLOW_FALLBACK, stacklevel=2)
+        return ReferenceOps(), 1
+    ops = CpuOps(run.threads, run.exact)
+    return ops, ops.threads
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    try:
+        # ru_maxrss would count the parent's size at the time it forked this process
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _resident_reader(
+    checkpoint: Checkpoint, reader: Reader, progress: Progress | None
+) -> Callable[[abc.Sequence[Extent]], list[U8]]:
+    """Reads byte ranges of the checkpoint into one allocation, and reports progress."""
+
+    def read(extents: abc.Sequence[Extent]) -> list[U8]:
+        total, done = sum(extent.nbytes for extent in extents), 0
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress("resident weights", done, total)
+
+        return load_extents(reader, checkpoint.files, extents, progress=advance)
+
+    return read
+
+
+def _counters(store: ExpertStore) -> IoCounters:
+    stats = store.stats()
+    return IoCounters(
+        bytes_read=stats.bytes_read + stats.bytes_cached,
+        page_cache_bytes=stats.bytes_cached,
+        hits=stats.hits,
+        misses=stats.misses,
+        busy_seconds=stats.busy_seconds,
+        stall_seconds=stats.stall_seconds,
+    )

@@ -1,0 +1,365 @@
+"""The library: load a model, generate, stream, chat, and get logits.
+
+from moestream import LLM
+
+with LLM.load("path/to/model", ram="8GB") as llm:
+    print(llm.generate("Tell me a story about a fox", max_tokens=200).text)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from moestream.config import CacheMode, RunConfig, parse_size
+from moestream.engine.engine import Ids
+from moestream.engine.load import Progress, Runtime, load_runtime
+from moestream.engine.sampling import SamplingParams
+from moestream.errors import CheckpointError, RequestError, TemplateError
+from moestream.text.chat_template import ChatTemplate
+from moestream.text.replies import Completion, Delta, Replies
+from moestream.text.tokenizer import Tokenizer, read_json
+from moestream.text.tools import parse_reply
+
+DEMO = "demo"
+Prompt = str | Ids
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A loaded model.
+
+    Methods may be called from several threads, and several streams may be read in turn: whoever waits for a token
+    runs a step for all, so that requests share the experts they read.
+
+    Attributes:
+        runtime: Model, engine, plan and store.
+        tokenizer: None when the folder has no ``tokenizer.json``; token ids still work.
+        template: None when the model has no chat template.
+        default_params: Sampling as ``generation_config.json`` recommends.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        default_params: SamplingParams | None = None,
+    ) -> None:
+        self.runtime = runtime
+        self.tokenizer = tokenizer
+        self.template = template
+        self.default_params = default_params or SamplingParams()
+        self._replies = Replies(runtime.engine, tokenizer, runtime.receipt)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = DEMO,
+        *,
+        ram: str | int | None = None,
+        threads: int | None = None,
+        cache: CacheMode = "arena",
+        exact: bool = False,
+        active_experts: int | None = None,
+        prefill_chunk: int = 512,
+        max_batch: int = 8,
+        context: int | None = None,
+        io_threads: int = 8,
+        backend: Literal["auto", "cpu", "reference"] = "auto",
+        progress: Progress | None = None,
+    ) -> LLM:
+        """Load a model folder; nothing large is allocated before the memory plan fits.
+
+        Args:
+            model: A folder, or ``"demo"`` for the model in this package.
+            ram: Memory of the whole process, ``"8GB"`` or bytes; None: from free memory and the cgroup limit.
+            threads: Compute threads; None: from CPU affinity and the cgroup quota.
+            cache: ``arena``, ``page`` or ``none``; see ``RunConfig``.
+            exact: Float32 activations and KV cache.
+            active_experts: Experts per token, fewer than the model's own (lossy, named in every receipt).
+            prefill_chunk: Prompt tokens of one sweep.
+            max_batch: Sequences decoded together.
+            context: Tokens a sequence may have; None: min(the model's limit, 8192).
+            io_threads: Reads in flight.
+            backend: ``auto`` takes the native one, or the numpy reference with a warning.
+            progress: Called with (what, bytes done, bytes in all) while loading.
+
+        Raises:
+            ConfigError: an argument is wrong.
+            CheckpointError: the folder cannot be used.
+            BudgetError: the budget cannot hold what must be resident.
+            BackendError: the backend asked for is not installed.
+        """
+        config = RunConfig(
+            ram=None if ram is None else parse_size(ram, "ram"),
+            threads=threads,
+            cache=cache,
+            exact=exact,
+            active_experts=active_experts,
+            prefill_chunk=prefill_chunk,
+            max_batch=max_batch,
+            context=context,
+            io_threads=io_threads,
+            backend=backend,
+        )
+        folder = find_model(model)
+        template = ChatTemplate.load(folder)
+        if template is not None:
+            template.warm()  # its process starts while the weights are read
+        try:
+            tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+            params = recommended_params(folder)
+            runtime = load_runtime(folder, config, tokenizer.eos_ids if tokenizer else frozenset(), progress)
+        except BaseException:
+            if template is not None:
+                template.close()
+            raise
+        return cls(runtime, tokenizer, template, params)
+
+    def cancel(self) -> None:
+        """End every running request before its next step, with the finish reason ``"cancelled"``.
+
+        Safe in a signal handler and from other threads; what was generated so far stays.
+        """
+        self._replies.cancel()
+
+    def close(self) -> None:
+        """Cancel what runs and give memory, files and processes back. The model cannot be used afterwards."""
+        self._replies.close()
+        with self._replies.lock:  # a step of another thread may still run
+            self.runtime.close()
+        if self.template is not None:
+            self.template.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the start token if the model wants one.
+
+        Raises:
+            CheckpointError: the model has no tokenizer.
+        """
+        return self._need_tokenizer().encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids without special tokens.
+
+        Raises:
+            CheckpointError: the model has no tokenizer.
+        """
+        return self._need_tokenizer().decode(ids)
+
+    @overload
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **changes: Any) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, **changes: Any
+    ) -> list[Completion]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **changes: Any
+    ) -> Completion | list[Completion]:
+        """Complete one prompt, or several as one batch.
+
+        Args:
+            prompt: Text or token ids, or a list of either.
+            params: How to sample; None: the model's own recommendation.
+            changes: Fields of ``SamplingParams`` to change, such as ``max_tokens=100``.
+
+        Returns:
+            One completion, or one per prompt in order. In a list a failed request has ``error`` set and the others
+            are unharmed.
+
+        Raises:
+            RequestError: a prompt or parameter is wrong.
+            MoestreamError: the only request failed.
+        """
+        chosen = self._params(params, changes)
+        if _is_single(prompt):
+            return self._complete(self._ids(cast(Prompt, prompt)), chosen)
+        return self._replies.run([self._ids(p) for p in cast(Sequence[Prompt], prompt)], chosen)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **changes: Any) -> Iterator[Delta]:
+        """Complete a prompt, token by token. Closing the iterator cancels the request.
+
+        Raises:
+            RequestError: the prompt or a parameter is wrong (at once).
+            MoestreamError: the request failed (while iterating).
+        """
+        return self._replies.stream(self._ids(prompt), self._params(params, changes))
+
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        tools: Messages | None = None,
+        template: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Completion:
+        """Answer a conversation.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` objects, as of OpenAI's API.
+            params: How to sample; None: the model's own recommendation.
+            tools: JSON schemas of functions the model may call.
+            template: Variables of the chat template, such as ``{"enable_thinking": False}``.
+            changes: Fields of ``SamplingParams`` to change.
+
+        Raises:
+            TemplateError: the model has no chat template, or it failed or takes no tools.
+            RequestError: messages or a parameter are wrong.
+            MoestreamError: the request failed.
+        """
+        text = self.render(messages, tools=tools, **(template or {}))
+        done = self._complete(self._chat_ids(text), self._params(params, changes))
+        return dataclasses.replace(done, reply=parse_reply(done.text, tools, in_thought=_in_thought(text)))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        tools: Messages | None = None,
+        template: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Iterator[Delta]:
+        """Answer a conversation token by token; arguments and errors as in ``chat``."""
+        text = self.render(messages, tools=tools, **(template or {}))
+        stream = self._replies.stream(self._chat_ids(text), self._params(params, changes))
+
+        def parsed() -> Iterator[Delta]:
+            whole: list[str] = []
+            for delta in stream:
+                whole.append(delta.text)
+                if delta.finish_reason is None:
+                    yield delta
+                else:
+                    reply = parse_reply("".join(whole), tools, in_thought=_in_thought(text))
+                    yield dataclasses.replace(delta, reply=reply)
+
+        return parsed()
+
+    def render(self, messages: Messages, *, tools: Messages | None = None, **variables: Any) -> str:
+        """The text a conversation becomes, up to where the reply begins.
+
+        Raises:
+            TemplateError: the model has no chat template, or it failed or takes no tools.
+            RequestError: the messages are malformed.
+        """
+        if self.template is None:
+            raise TemplateError("the model has no chat template (it is a base model): use generate() with plain text")
+        return self.template.render(messages, tools=tools, **variables)
+
+    def logits(self, ids: Ids) -> npt.NDArray[np.float32]:
+        """Logits after every token of one sequence, for evaluation.
+
+        Args:
+            ids: T token ids.
+
+        Returns:
+            [T, V]; T * V * 4 bytes, outside the memory budget.
+
+        Raises:
+            RequestError: the ids are wrong or more than the context.
+            ReadError: an expert could not be read.
+        """
+        with self._replies.lock:
+            return self.runtime.engine.logits(ids)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise CheckpointError(
+                f"{self.runtime.folder} has no tokenizer.json: give token ids, or download the model's tokenizer.json"
+            )
+        return self.tokenizer
+
+    def _ids(self, prompt: Prompt) -> Ids:
+        return self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+
+    def _chat_ids(self, text: str) -> Ids:
+        return self._need_tokenizer().encode(text, special=False)  # the template wrote the special tokens
+
+    def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+        chosen = self.default_params if params is None else params
+        try:
+            chosen = dataclasses.replace(chosen, **changes)
+        except TypeError as error:
+            known = ", ".join(f.name for f in dataclasses.fields(SamplingParams))
+            unknown = ", ".join(sorted(set(changes) - set(known.split(", "))))
+            raise RequestError(f"unknown sampling parameter {unknown}; known: {known}") from error
+        if chosen.stop:
+            self._need_tokenizer()
+        return chosen
+
+    def _complete(self, ids: Ids, params: SamplingParams) -> Completion:
+        done = self._replies.run([ids], params)[0]
+        if done.error is not None:
+            raise done.error
+        return done
+
+
+def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
+    if isinstance(prompt, str | np.ndarray):
+        return True
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise RequestError("the prompt must be text, token ids, or a list of either, and not empty")
+    return isinstance(prompt[0], int | np.integer)
+
+
+def _in_thought(rendered: str) -> bool:
+    return rendered.rstrip().endswith("<think>")
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a model: a path, or ``"demo"`` for the one in the package.
+
+    Raises:
+        CheckpointError: there is no such folder; says how to get it.
+    """
+    if model == DEMO:
+        folder = Path(str(resources.files("moestream.demo")))
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"the demo model is not part of this installation ({folder} has no config.json)")
+        return folder
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(model)
+    parts = name.split("/")
+    if len(parts) == 2 and all(parts) and not folder.exists() and not name.startswith((".", "~")):
+        raise CheckpointError(
+            f"{name} is not a folder here. If it is a model of the Hugging Face hub, download it first:\n"
+            f"  hf download {name} --local-dir {parts[1]}\nand give the folder: {parts[1]}"
+        )
+    raise CheckpointError(f"{folder} is not a model folder (config.json and *.safetensors files)")
+
+
+def recommended_params(folder: Path) -> SamplingParams:
+    """Sampling as ``generation_config.json`` recommends; defaults where it says nothing.
+
+    Raises:
+        CheckpointError: the file holds values that cannot be used.
+    """
+    values = read_json(folder / "generation_config.json")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    chosen: dict[str, Any] = {name: values[name] for name in names if values.get(name) is not None}
+    if values.get("do_sample") is False:
+        chosen["temperature"] = 0.0
+    try:
+        return SamplingParams(**chosen)
+    except RequestError as error:
+        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error

@@ -1,0 +1,211 @@
+"""Replies as text: joins the engine, which knows tokens only, with the tokenizer."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moestream.engine.engine import Engine, Ids, TokenEvent
+from moestream.engine.receipt import FinishReason, Receipt
+from moestream.engine.sampling import SamplingParams, TokenLogprobs
+from moestream.engine.sequence import Sequence as EngineSequence
+from moestream.errors import MoestreamError, RequestError
+from moestream.text.tokenizer import TextStream, Tokenizer
+from moestream.text.tools import ParsedReply
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to a reply. The last one carries the finish reason and the receipt."""
+
+    text: str
+    """Whole characters; may be empty while a character or a possible stop string is incomplete."""
+    token_ids: tuple[int, ...]
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    receipt: Receipt | None = None
+    reply: ParsedReply | None = None
+    """Of a chat, in the last one: reasoning, content and tool calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished reply."""
+
+    text: str
+    """Without special tokens and without the stop string that ended it."""
+    token_ids: tuple[int, ...]
+    """Every token chosen; an end token, if one ended the reply, is the last."""
+    finish_reason: FinishReason
+    receipt: Receipt
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: MoestreamError | None = None
+    """Set when the finish reason is ``"error"``."""
+    reply: ParsedReply | None = None
+    """Of a chat: reasoning, content and tool calls."""
+
+
+@dataclass(slots=True, eq=False)
+class _Reply:
+    """A request and what is not fetched of it yet."""
+
+    sequence: EngineSequence
+    text: TextStream | None
+    pending: deque[Delta] = field(default_factory=deque)
+    ended: bool = False
+    """The last delta has been queued."""
+
+
+class Replies:
+    """Runs requests and turns their tokens into text. Thread-safe.
+
+    Whoever waits for a token runs a step for all, so that concurrent requests share the experts they read.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer | None, receipt: Callable[[EngineSequence], Receipt]
+    ) -> None:
+        """Serve an engine.
+
+        Args:
+            engine: Used by this object only, under ``lock``.
+            tokenizer: None: every text is empty.
+            receipt: Closes the account of a finished sequence.
+        """
+        self.lock = threading.RLock()
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._receipt = receipt
+        self._open: dict[int, _Reply] = {}
+        self._closed = False
+        self._cancel = False
+
+    def close(self) -> None:
+        """Cancel everything; nothing can be asked afterwards."""
+        with self.lock:
+            self._closed = True
+            for reply in list(self._open.values()):
+                self._release(reply)
+
+    def cancel(self) -> None:
+        """End every running request before its next step; safe in a signal handler. What was generated stays."""
+        self._cancel = True  # the lock may be held by the very thread the signal interrupted
+
+    def run(self, prompts: Sequence[Ids], params: SamplingParams) -> list[Completion]:
+        """Complete prompts as one batch; a request that fails has ``error`` set.
+
+        Raises:
+            RequestError: a prompt is wrong; nothing was run.
+        """
+        for ids in prompts:
+            self._engine.check(ids)
+        replies: list[_Reply] = []
+        try:
+            replies += [self._submit(ids, params) for ids in prompts]
+            return [self._finished(reply) for reply in replies]
+        finally:
+            for reply in replies:
+                self._release(reply)
+
+    def stream(self, ids: Ids, params: SamplingParams) -> Iterator[Delta]:
+        """Complete a prompt token by token; closing the iterator cancels the request.
+
+        Raises:
+            RequestError: the prompt is wrong (at once).
+            MoestreamError: the request failed (while iterating).
+        """
+        self._engine.check(ids)
+        return self._stream(ids, params)
+
+    def _stream(self, ids: Ids, params: SamplingParams) -> Iterator[Delta]:
+        reply = self._submit(ids, params)
+        try:
+            while True:
+                delta = self._next(reply)
+                if delta.finish_reason == "error" and reply.sequence.error is not None:
+                    raise reply.sequence.error
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self._release(reply)
+
+    def _finished(self, reply: _Reply) -> Completion:
+        text: list[str] = []
+        while True:
+            delta = self._next(reply)
+            text.append(delta.text)
+            if delta.finish_reason is not None and delta.receipt is not None:
+                sequence = reply.sequence
+                return Completion(
+                    text="".join(text),
+                    token_ids=tuple(sequence.tokens),
+                    finish_reason=delta.finish_reason,
+                    receipt=delta.receipt,
+                    logprobs=None if sequence.params.logprobs is None else tuple(sequence.logprobs),
+                    error=sequence.error,
+                )
+
+    def _submit(self, ids: Ids, params: SamplingParams) -> _Reply:
+        with self.lock:
+            if self._closed:
+                raise RequestError("the model has been closed")
+            if not self._open:
+                self._cancel = False
+            sequence = self._engine.add(ids, params)
+            reply = _Reply(sequence, TextStream(self._tokenizer, params.stop) if self._tokenizer else None)
+            self._open[sequence.id] = reply
+            return reply
+
+    def _release(self, reply: _Reply) -> None:
+        """Forget a reply; cancels it when it still runs."""
+        with self.lock:
+            self._engine.abort(reply.sequence)
+            self._open.pop(reply.sequence.id, None)
+
+    def _next(self, reply: _Reply) -> Delta:
+        """The next delta of a reply; runs steps, for all requests, until there is one."""
+        while True:
+            with self.lock:
+                if reply.pending:
+                    return reply.pending.popleft()
+                if reply.sequence.finished:
+                    raise RequestError("the request was cancelled: the model has been closed")
+                try:
+                    if self._cancel:
+                        self._cancel = False
+                        for other in self._open.values():
+                            self._engine.abort(other.sequence)
+                    for event in self._engine.step():
+                        self._deliver(event)
+                finally:  # a cancelled sequence, or one of an interrupted step, ends without an event
+                    for other in self._open.values():
+                        if other.sequence.finished and not other.ended:
+                            self._end(other, "", ())
+
+    def _deliver(self, event: TokenEvent) -> None:
+        """Turn what the engine did for one sequence into a delta of its reply."""
+        sequence = event.sequence
+        reply = self._open[sequence.id]
+        if event.token is None:
+            self._end(reply, "", ())
+            return
+        text = ""
+        if reply.text is not None and sequence.finish_reason != "stop":  # an end token is not text
+            text = reply.text.push(event.token)
+            if reply.text.stopped is not None:
+                self._engine.abort(sequence, "stop")
+        if sequence.finished:
+            self._end(reply, text, (event.token,), event.logprobs)
+        else:
+            reply.pending.append(Delta(text, (event.token,), event.logprobs))
+
+    def _end(self, reply: _Reply, text: str, ids: tuple[int, ...], logprobs: TokenLogprobs | None = None) -> None:
+        """Queue the last delta of a reply."""
+        if reply.text is not None:
+            text += reply.text.finish()
+        receipt = self._receipt(reply.sequence)
+        reply.pending.append(Delta(text, ids, logprobs, reply.sequence.finish_reason, receipt))
+        reply.ended = True

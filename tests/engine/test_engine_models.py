@@ -1,0 +1,88 @@
+"""The engine on real tiny models: what ``transformers`` generated, in any company and any chunking."""
+
+import numpy as np
+import pytest
+from golden_models import GREEDY, PROMPTS, Golden, ResidentExperts, assert_close
+
+from moestream.engine.engine import Engine
+from moestream.engine.sampling import SamplingParams
+from moestream.errors import ReadError
+from moestream.models.registry import parse_config
+from moestream.models.weights import map_weights
+from moestream.ops.reference import ReferenceOps
+
+PARAMS = SamplingParams(temperature=0, max_tokens=GREEDY, ignore_eos=True)
+
+
+@pytest.fixture
+def experts(tiny: Golden) -> ResidentExperts:
+    config, names = parse_config(tiny.checkpoint.config)
+    return ResidentExperts(tiny.checkpoint, map_weights(tiny.checkpoint, config, names))
+
+
+def make(tiny, experts, **kwargs):
+    model = tiny.model(ReferenceOps(), experts)
+    return Engine(model, vocab_size=model.config.vocab_size, context=256, **kwargs)
+
+
+def run(engine, prompts, params=PARAMS):
+    sequences = [engine.add(p, params) for p in prompts]
+    while not engine.idle:
+        engine.step()
+    return sequences
+
+
+@pytest.mark.parametrize(("max_batch", "chunk"), [(1, 512), (3, 512), (2, 37)])
+def test_generates_what_transformers_generates(tiny, experts, max_batch, chunk):
+    engine = make(tiny, experts, max_batch=max_batch, prefill_chunk=chunk)
+    for sequence, p in zip(run(engine, [tiny.ids(p)[:-GREEDY] for p in PROMPTS]), PROMPTS, strict=True):
+        assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+
+
+def test_logits_match_in_sweeps(tiny, experts):
+    logits = make(tiny, experts, prefill_chunk=50).logits(tiny.ids(0))
+    assert_close(logits, tiny.logits(0), tiny.logits_bound, "logits")
+
+
+def test_unreadable_expert_leaves_neighbours_unharmed(tiny, experts):
+    """One expert of the last layer with experts is lost: requests that route to it end, the others do not notice."""
+    layer = max(experts.layers)
+    prompts = [tiny.ids(p)[:-GREEDY] for p in PROMPTS]
+    alone = [run(make(tiny, experts), [p])[0].tokens for p in prompts]
+    outcomes = set()
+    for expert in range(len(experts.layers[layer][2])):
+        experts.fail = {(layer, expert): ReadError("shard.safetensors: cannot read at offset 4096: Input/output error")}
+        for sequence, tokens in zip(
+            run(make(tiny, experts), [p[-2:] for p in prompts[1:]] + prompts), [None] * 2 + alone, strict=True
+        ):
+            outcomes.add(sequence.finish_reason)
+            if sequence.finish_reason == "error":
+                assert isinstance(sequence.error, ReadError)
+                assert "Input/output error" in str(sequence.error)
+            elif tokens is not None:
+                assert sequence.tokens == tokens
+            if tokens is not None:
+                assert sequence.tokens == tokens[: len(sequence.tokens)]
+    assert "error" in outcomes
+
+
+def test_sampled_text_does_not_depend_on_company(tiny, experts):
+    prompts = [tiny.ids(p)[:-GREEDY] for p in PROMPTS]
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=5, max_tokens=8, ignore_eos=True)
+    together = [s.tokens for s in run(make(tiny, experts), prompts, params)]
+    assert together == [run(make(tiny, experts), [p], params)[0].tokens for p in prompts]
+    assert len({tuple(t) for t in together}) == len(prompts)
+
+
+def test_weights_that_overflow_end_the_request(tiny, experts):
+    engine = make(tiny, experts)
+    good = engine.add(tiny.ids(2)[:-GREEDY], PARAMS)
+    bad = engine.add(tiny.ids(1)[:-GREEDY], PARAMS)
+    engine.step()
+    state = next(s for s in bad.states.layers if hasattr(s, "v"))
+    state.v[:] = np.nan  # as a state spoiled by overflow would be
+    while not engine.idle:
+        engine.step()
+    assert bad.finish_reason == "error"
+    assert "NaN or Inf" in str(bad.error)
+    assert good.tokens == tiny.ids(2)[-GREEDY:].tolist()
