@@ -1,4 +1,8 @@
 // What the disk gives: random aligned reads by plain threads, the ceiling that the reader is compared with.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -16,10 +20,17 @@ struct FreeBuffer {
 };
 using Buffer = std::unique_ptr<char, FreeBuffer>;
 
+// Like the arena: huge pages where there are any (a direct read into small ones is up to 1.8x slower), all of
+// them touched, because page faults are not the disk's time.
 Buffer make_buffer(int64_t nbytes) {
-    Buffer buffer(static_cast<char*>(std::aligned_alloc(kBlock, static_cast<size_t>(nbytes))));
+    constexpr int64_t kHuge = int64_t{2} << 20;
+    const int64_t size = (nbytes + kHuge - 1) / kHuge * kHuge;
+    Buffer buffer(static_cast<char*>(std::aligned_alloc(kHuge, static_cast<size_t>(size))));
     if (!buffer) throw std::bad_alloc();
-    for (int64_t i = 0; i < nbytes; i += kBlock) buffer.get()[i] = 0;  // page faults are not the disk's time
+#if defined(__linux__)
+    ::madvise(buffer.get(), static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
+    for (int64_t i = 0; i < nbytes; i += kBlock) buffer.get()[i] = 0;
     return buffer;
 }
 

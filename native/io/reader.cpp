@@ -75,8 +75,10 @@ void Reader::enqueue(const Range& range, std::deque<Job>& queue) {
     auto& ticket = *tickets_.find(range.ticket);
     File* file = files_[static_cast<size_t>(range.file)].get();
     const int64_t end = range.offset + range.nbytes;
+    const int64_t pieces = (range.nbytes + kPiece / 2) / kPiece;
+    const int64_t step = pieces > 1 ? round_up(range.nbytes / pieces) : range.nbytes + kBlock;
     for (int64_t at = range.offset; at < end;) {
-        int64_t next = round_down(at) + kPiece;  // pieces meet at block borders: none is read twice
+        int64_t next = round_down(at) + step;  // pieces meet at block borders: none is read twice
         if (next > end) next = end;
         queue.push_back(
             {file, range.file, at, next - at, reinterpret_cast<char*>(range.dest + (at - range.offset)), &ticket});

@@ -30,8 +30,8 @@ class LFRU:
     sweep, so a sweep larger than the cache keeps what it has instead of replacing everything (LRU then hits 0 %).
     A prefill chunk counts as at most one half-life of tokens.
 
-    At most ``capacity - reserve`` keys are kept; the other slots are for bytes on their way. A newcomer competes for its
-    place when it has been used, and evicts earlier only what scores lower.
+    At most ``capacity - reserve`` keys are kept; the other slots are for bytes on their way. A newcomer competes for
+    its place when it has been used, and evicts earlier only what scores lower.
 
     Decay is applied forward (new uses weigh more), so scores only grow and one lazily repaired heap per layer gives
     the minimum: O(1) per hit, O(log E + layers) per eviction.
