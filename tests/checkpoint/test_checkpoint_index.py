@@ -193,7 +193,14 @@ WRONG_CONFIGS = {
     "deep": ("[" * 100_000, "config.json: not valid JSON"),
     "fp8": ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "quant_method 'fp8'"),
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, "quant_method 'gptq'"),
-    "nested": ({"text_config": {"quantization_config": {"quant_method": "modelopt"}}}, "quant_method 'modelopt'"),
+    "nvfp4": (
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+        r"quant_method 'modelopt' \(NVFP4\) is not supported; supported are plain bf16, f16 and f32",
+    ),
+    "nested": (
+        {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+        "quant_method 'awq' is not supported",
+    ),
     "quantization list": ({"quantization": [4]}, "quantization must be an object, is list"),
     "no bits": ({"quantization": {"group_size": 64}}, "quantization: bits must be an integer, is None"),
     "bits text": ({"quantization": {"group_size": 64, "bits": "4"}}, "quantization: bits must be an integer, is '4'"),

@@ -50,9 +50,10 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization:
         if found is None and isinstance(nested, dict):
             found = nested.get("quantization_config")
         if isinstance(found, dict) and "quant_method" in found:
-            method = found["quant_method"]
+            algorithm = f" ({found['quant_algo']})" if isinstance(found.get("quant_algo"), str) else ""
             raise ModelConfigError(
-                f"{where}: quantization_config.quant_method {method!r} is not supported; {SUPPORTED}"
+                f"{where}: quantization_config.quant_method {found['quant_method']!r}{algorithm} is not supported; "
+                f"{SUPPORTED}"
             )
     if found is None:
         return Quantization(None, {})
