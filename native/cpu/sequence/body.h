@@ -2,14 +2,9 @@
 // primitives, then includes this. Everything sits in an anonymous namespace and no std template is used, so that no
 // symbol compiled with one tier's flags can be picked by the linker for another.
 #pragma once
-#include <cstring>
-
-#include "cpu/sequence/vector_math.h"
-// Order matters: later files use earlier ones.
 #include "cpu/sequence/body_attention.h"
 #include "cpu/sequence/body_delta_net.h"
 #include "cpu/sequence/body_rows.h"
-#include "cpu/sequence/tile.h"
 
 namespace moestream {
 namespace {

@@ -1,6 +1,8 @@
 // Causal grouped-query attention with an online softmax (Milakov and Gimelshein, arXiv 1805.02867), blocked over query
 // rows and keys as in FlashAttention (arXiv 2205.14135). See body.h for how this file is used.
 #pragma once
+#include "cpu/sequence/body_rows.h"
+#include "cpu/sequence/tile.h"
 
 namespace moestream {
 namespace {

@@ -2,6 +2,8 @@
 // triangular system (the UT transform of arXiv 2406.06484, solved instead of inverted). See body.h for how this file
 // is used.
 #pragma once
+#include "cpu/sequence/body_rows.h"
+#include "cpu/sequence/tile.h"
 
 namespace moestream {
 namespace {

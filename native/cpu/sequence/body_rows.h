@@ -1,5 +1,6 @@
 // Norm, routing and the sum over experts (see body.h for how this file is used).
 #pragma once
+#include "cpu/sequence/vector_math.h"
 
 namespace moestream {
 namespace {

@@ -1,5 +1,6 @@
 // Small matrix products on blocks that sit in L1/L2: C = diag(alpha) C + A B (see body.h for how this file is used).
 #pragma once
+#include "cpu/sequence/vector_math.h"
 
 namespace moestream {
 namespace {

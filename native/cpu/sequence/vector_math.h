@@ -1,5 +1,8 @@
 // Vector helpers shared by the kernels (see body.h for how this file is used).
 #pragma once
+#include <cstring>
+
+#include "cpu/sequence/kernels.h"
 
 namespace moestream {
 namespace {
