@@ -13,6 +13,7 @@ import psutil
 from moestream.config import RunConfig, format_size
 from moestream.errors import BudgetError, ConfigError
 from moestream.experts.arena import area_nbytes
+from moestream.experts.store import slot_nbytes
 from moestream.models.config import ModelConfig
 from moestream.models.states import nbytes_fixed, nbytes_per_token
 from moestream.models.weights import WeightMap
@@ -88,7 +89,7 @@ def plan_memory(
         raise ConfigError(f"context is {context}, the model was trained for {config.max_positions} positions")
     active = run.active_experts or config.moe.active
     tables = weights.experts
-    slot_nbytes = max((sum(map(area_nbytes, t.layout.part_nbytes)) for t in tables.values()), default=0)
+    slot = slot_nbytes(list(tables.values()))
     fixed = {
         "baseline": psutil.Process().memory_info().rss + RUNTIME_NBYTES,
         "dense": _dense_nbytes(weights, ops),
@@ -98,16 +99,16 @@ def plan_memory(
     experts = len(tables) * config.moe.experts
     minimum = active if tables else 0
     left = budget - sum(fixed.values())
-    if left < minimum * slot_nbytes:
-        raise _too_small(budget, fixed, minimum * slot_nbytes, run, context)
+    if left < minimum * slot:
+        raise _too_small(budget, fixed, minimum * slot, run, context)
     wanted = experts
     if run.cache != "arena" and tables:  # slots only receive the reads of one layer; the rest is the OS's or nobody's
         wanted = min(config.moe.experts, max(active * run.max_batch, run.io_threads))
     return MemoryPlan(
         budget=budget,
         **fixed,
-        slot_nbytes=slot_nbytes,
-        slots=min(wanted, left // slot_nbytes) if tables else 0,
+        slot_nbytes=slot,
+        slots=min(wanted, left // slot) if tables else 0,
         slots_minimum=minimum,
         experts=experts,
         context=context,
