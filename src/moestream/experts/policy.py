@@ -37,7 +37,7 @@ class LFRU:
     the minimum: O(1) per hit, O(log E + layers) per eviction.
     """
 
-    def __init__(self, capacity: int, layer_of_key: Sequence[int], reserve: int = 0, half_life: float = 64.0) -> None:
+    def __init__(self, capacity: int, layer_of_key: Sequence[int], reserve: int = 0, half_life: float = 32.0) -> None:
         self.capacity = capacity
         self.reserve = min(reserve, capacity)
         self.slot_of = [NO_SLOT] * len(layer_of_key)
