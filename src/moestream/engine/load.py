@@ -5,8 +5,6 @@ Nothing large is allocated before the plan fits the budget.
 
 from __future__ import annotations
 
-import resource
-import sys
 import warnings
 from collections import abc
 from collections.abc import Callable
@@ -31,14 +29,10 @@ from moestream.models.weights import map_weights
 from moestream.ops.base import U8, Ops
 from moestream.ops.reference import ReferenceOps
 from moestream.plan import MemoryPlan, plan_memory
+from moestream.system import cpu_count, default_budget, peak_rss
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, bytes done, bytes in all)."""
-
-SLOW_FALLBACK = (
-    "slow fallback: the native kernels are not installed, numpy computes. "
-    "Fix: install a C++20 compiler and run `pip install --force-reinstall .` again; `moestream doctor` shows the state"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +87,9 @@ def load_runtime(
     checkpoint = open_checkpoint(folder)
     config, names = parse_config(checkpoint.config)
     weights = map_weights(checkpoint, config, names)
-    ops, threads = choose_ops(run)
-    plan = plan_memory(weights, config, run, ops)
+    threads = run.threads or cpu_count()
+    ops = choose_ops(run, threads)
+    plan = plan_memory(weights, config, run, ops, run.ram or default_budget())
     reader = make_reader(run.io_threads)
     try:
         tables = [weights.experts.get(layer) for layer in range(len(config.layers))]
@@ -127,36 +122,22 @@ def load_runtime(
     return Runtime(folder, config, plan, model, store, reader, engine, setup)
 
 
-def choose_ops(run: RunConfig) -> tuple[Ops, int]:
-    """The backend to compute with and its threads; without a native one ``auto`` warns and takes the reference.
+def choose_ops(run: RunConfig, threads: int) -> Ops:
+    """The backend to compute with; without a native one ``auto`` warns and takes the reference.
 
     Raises:
         BackendError: ``cpu`` was asked for and is not installed.
     """
     if run.backend == "reference":
-        return ReferenceOps(), 1
+        return ReferenceOps()
     try:
-        from moestream.ops.cpu import CpuOps  # noqa: PLC0415 - missing in the pure-Python install
-    except ImportError as error:
+        from moestream.ops.cpu import CpuOps  # noqa: PLC0415 - raises where there is no native module
+    except BackendError as error:
         if run.backend == "cpu":
-            raise BackendError(f"backend cpu is not installed. {SLOW_FALLBACK}") from error
-        warnings.warn(SLOW_FALLBACK, stacklevel=2)
-        return ReferenceOps(), 1
-    ops = CpuOps(run.threads, run.exact)
-    return ops, ops.threads
-
-
-def peak_rss() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    try:
-        # ru_maxrss would count the parent's size at the time it forked this process
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+            raise
+        warnings.warn(f"slow fallback: numpy computes, because {error}", stacklevel=2)
+        return ReferenceOps()
+    return CpuOps(threads, run.exact)
 
 
 def _resident_reader(
