@@ -45,6 +45,20 @@ def test_renders_messages_tools_and_variables(make):
     assert template.render(HELLO, tools=tools).startswith(json.dumps(tools, ensure_ascii=False))  # nothing escaped
 
 
+def test_tool_calls_reach_the_template_with_objects(make):
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ (c.function or c).arguments.a }};{% endfor %}{% endfor %}"
+    )
+    calls = [
+        {"type": "function", "function": {"name": "f", "arguments": '{"a": "as text"}'}},
+        {"function": {"name": "f", "arguments": {"a": "as object"}}},
+        {"name": "f", "arguments": '{"a": "flat"}'},
+        {"name": "f", "arguments": "not JSON"},
+    ]
+    messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": calls}]
+    assert make(source).render(messages) == "as text;as object;flat;;"
+
+
 def test_what_transformers_offers_to_templates(make):
     source = """
 {%- for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}

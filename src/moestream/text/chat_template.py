@@ -263,4 +263,22 @@ def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             raise RequestError(f"messages[{index}] must be an object with a role, such as user")
         if not isinstance(message.get("content"), str | list | None):
             raise RequestError(f"messages[{index}].content must be text, a list of parts, or null")
-    return [dict(message) for message in messages]
+    return [_with_objects(message) for message in messages]
+
+
+def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its tool calls as objects: APIs send JSON text, templates read objects."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        return dict(message)
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_object(call["function"])}
+    try:
+        arguments = json.loads(call.get("arguments", ""))
+    except (TypeError, ValueError, RecursionError):
+        return dict(call)  # already an object, or text that is the template's affair
+    return {**call, "arguments": arguments}
