@@ -1,0 +1,1 @@
+"""Measure what the machine can give, then what of it is reached."""

@@ -1,0 +1,120 @@
+"""From measurements to percent of the ceiling that binds: one dict for JSON, lines for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moestream.bench.ceilings import ComputeRates, DiskRates
+from moestream.bench.demand import Demand
+from moestream.bench.measure import Phase
+from moestream.config import format_size
+
+GB = 1e9
+
+
+def floor_seconds(
+    missed: float, touched: float, flops: float, disk: float, compute: ComputeRates, exact: bool
+) -> dict[str, float]:
+    """What each resource alone needs for some work, in seconds; the largest is the limit."""
+    return {
+        "disk": missed / disk,
+        "memory": touched / compute.memory,
+        "arithmetic": flops / (compute.fma if exact else compute.int8),
+    }
+
+
+def ceilings(disk: DiskRates, compute: ComputeRates) -> dict[str, Any]:
+    """The ceilings as plain values in bytes and operations per second."""
+    return {
+        "disk_direct": disk.direct,
+        "disk_1mb": disk.small,
+        "disk_8mb": disk.large,
+        "memory": compute.memory,
+        "int8": compute.int8,
+        "fma": compute.fma,
+        "threads": compute.threads,
+    }
+
+
+def machine_lines(facts: dict[str, Any]) -> list[str]:
+    """Machine and versions for people."""
+    m, v = facts["machine"], facts["versions"]
+    return [
+        f"machine    {m['cpu']}, {m['isa']} kernels, {format_size(m['memory'])} memory",
+        f"versions   moestream {v['moestream']}, Python {v['python']}, numpy {v['numpy']}, {v['os']}",
+        f"checkpoint {facts['checkpoint']}",
+    ]
+
+
+def ceiling_lines(c: dict[str, Any]) -> list[str]:
+    """The ceilings for people."""
+    kind = "direct" if c["disk_direct"] else "buffered: this file system refuses direct reads"
+    return [
+        f"disk       {c['disk_1mb'] / GB:.2f} GB/s at 1 MB, {c['disk_8mb'] / GB:.2f} at 8 MB ({kind})",
+        f"memory     {c['memory'] / GB:.1f} GB/s with {c['threads']} threads",
+        f"arithmetic {c['int8'] / 1e12:.2f} Tops/s int8, {c['fma'] / 1e12:.2f} Tflop/s float32",
+    ]
+
+
+def phase_facts(phase: Phase, floors: dict[str, float]) -> dict[str, Any]:
+    """One phase as plain values, with the ceiling that binds."""
+    limit = max(floors, key=lambda name: floors[name])
+    return {
+        "tokens": phase.tokens,
+        "seconds": phase.seconds,
+        "tok_s": phase.rate,
+        "bytes_read": phase.io.bytes_read,
+        "bytes_page_cache": phase.io.bytes_cached,
+        "hit_rate": phase.io.hit_rate,
+        "overlap": phase.io.overlap,
+        "stall_seconds": phase.io.stall_seconds,
+        "floor_seconds": floors,
+        "limit": limit,
+        "percent_of_limit": 100.0 * floors[limit] / phase.seconds,
+    }
+
+
+def decode_facts(phase: Phase, demand: Demand, disk: float, compute: ComputeRates, exact: bool) -> dict[str, Any]:
+    """Decoding, after the warm-up."""
+    n = phase.tokens
+    floors = floor_seconds(phase.io.bytes_read, n * demand.touched, n * demand.flops, disk, compute, exact)
+    return {
+        **phase_facts(phase, floors),
+        "median_tok_s": phase.median_rate,
+        "bytes_read_per_token": phase.io.bytes_read / n,
+        "bytes_touched_per_token": demand.touched,
+    }
+
+
+def prefill_facts(
+    phase: Phase, demand: Demand, expert_bytes: int, chunk: int, disk: float, compute: ComputeRates, exact: bool
+) -> dict[str, Any]:
+    """A sweep: what a chunk touches is the dense part and each distinct expert once."""
+    chunks = -(-phase.tokens // chunk)
+    touched = chunks * demand.dense_bytes + phase.distinct * expert_bytes
+    flops = phase.tokens * (demand.flops - demand.head_flops) + demand.head_flops
+    floors = floor_seconds(phase.io.bytes_read, touched, flops, disk, compute, exact)
+    reads = phase.bytes_asked / (phase.distinct * expert_bytes) if phase.distinct else 0.0
+    return {
+        **phase_facts(phase, floors),
+        "chunks": chunks,
+        "experts_asked": phase.distinct,
+        "reads_per_expert": reads,
+        "each_expert_read_at_most_once": reads <= 1.0,
+    }
+
+
+def phase_lines(name: str, f: dict[str, Any]) -> list[str]:
+    """One phase for people."""
+    rate = f"{f['tok_s']:.2f} tok/s"
+    if "median_tok_s" in f:
+        rate = f"{f['median_tok_s']:.2f} tok/s (median; mean {f['tok_s']:.2f})"
+    per_token = f["bytes_read"] / f["tokens"]
+    lines = [
+        f"{name:10} {f['tokens']} tokens at {rate}: {f['percent_of_limit']:.0f} % of the {f['limit']} ceiling",
+        f"           read {format_size(per_token)} a token; hit rate {100 * f['hit_rate']:.1f} %, "
+        f"{100 * f['overlap']:.0f} % of I/O hidden, waited {f['stall_seconds']:.2f} of {f['seconds']:.2f} s",
+    ]
+    if "reads_per_expert" in f:
+        lines.append(f"           {f['reads_per_expert']:.3f} reads per expert and chunk (at most 1)")
+    return lines

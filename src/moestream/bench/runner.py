@@ -1,0 +1,152 @@
+"""The whole benchmark of one checkpoint: ceilings, prefill, warm-up, decode, ceilings again."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moestream import system
+from moestream.bench import report
+from moestream.bench.ceilings import ComputeRates, DiskRates, compute_rates, disk_rates, native, probe_file
+from moestream.bench.demand import token_demand
+from moestream.bench.measure import Meter
+from moestream.checkpoint.index import open_checkpoint
+from moestream.checkpoint.routing import SyntheticRouter
+from moestream.config import RunConfig
+from moestream.engine.load import Progress, Runtime, load_runtime
+from moestream.errors import ConfigError
+from moestream.models.registry import parse_config
+from moestream.models.weights import WeightMap, map_weights
+
+DISK_SECONDS = 0.7
+DRIFT = 0.2
+"""The disk probes before and after may differ by this share."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What to measure.
+
+    Raises:
+        ConfigError: a count is below 2; the message names it.
+    """
+
+    prompt_tokens: int = 512
+    new_tokens: int = 64
+    warmup: int = 256
+    """Tokens decoded at most before decoding is timed."""
+    routing: Literal["model", "calibrated", "uniform"] = "model"
+    """``model``: the router's own choice; the others impose one, for random weights."""
+
+    def __post_init__(self) -> None:
+        """Reject what could only fail later."""
+        for name in ("prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name} must be at least 2, got {getattr(self, name)}")
+
+
+def run_bench(
+    folder: Path,
+    run: RunConfig,
+    settings: BenchSettings,
+    say: Callable[[str], None],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure one checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        run: How to run it; one sequence whatever ``max_batch`` says.
+        settings: What to measure.
+        say: Called with each line for people.
+        progress: As for ``load_runtime``.
+
+    Returns:
+        Everything measured, ready for JSON.
+
+    Raises:
+        BackendError: the native module is not installed.
+        MoestreamError: the checkpoint cannot be run.
+    """
+    checkpoint = open_checkpoint(folder)
+    config, names = parse_config(checkpoint.config)
+    weights = map_weights(checkpoint, config, names)
+    compute = compute_rates(run.threads or system.cpu_count())
+    with probe_file(checkpoint.files) as probed:
+        before = disk_rates(probed, DISK_SECONDS)
+        facts: dict[str, Any] = {
+            "machine": {"cpu": system.cpu_name(), "isa": native().active_isa(), "memory": system.memory().total},
+            "versions": {name: version(name) for name in ("moestream", "numpy")}
+            | {"python": platform.python_version(), "os": platform.platform()},
+            "checkpoint": str(folder),
+            "ceilings": report.ceilings(before, compute),
+        }
+        for line in [*report.machine_lines(facts), *report.ceiling_lines(facts["ceilings"])]:
+            say(line)
+        runtime = load_runtime(folder, run, progress=progress)
+        try:
+            facts |= {"settings": asdict(settings), "run": asdict(run), "plan": asdict(runtime.plan)}
+            _impose(runtime, settings)
+            facts |= _measure(runtime, weights, settings, run, before, compute, probed, say)
+        finally:
+            runtime.close()
+    facts["peak_rss"] = system.peak_rss()
+    return facts
+
+
+def _impose(runtime: Runtime, settings: BenchSettings) -> None:
+    """Replace the router's choice where the benchmark asks for it."""
+    if settings.routing != "model":
+        moe, layers = runtime.config.moe, len(runtime.config.layers)
+        uniform = settings.routing == "uniform"
+        runtime.model.router_override = SyntheticRouter(
+            moe.experts, runtime.model.active_experts, layers, uniform=uniform
+        ).ids
+
+
+def _measure(
+    runtime: Runtime,
+    weights: WeightMap,
+    settings: BenchSettings,
+    run: RunConfig,
+    before: DiskRates,
+    compute: ComputeRates,
+    probed: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Prefill, warm-up and decode, judged by the mean of the disk's rate before and after."""
+    demand = token_demand(runtime.config, weights, runtime.model.active_experts)
+    expert = max((table.layout.nbytes for table in weights.experts.values()), default=0)
+    meter = Meter(runtime)
+    prompt = np.random.default_rng(0).integers(0, runtime.config.vocab_size, settings.prompt_tokens).tolist()
+    meter.start(prompt, settings.warmup + settings.new_tokens + 1)
+    prefill = meter.prefill(settings.prompt_tokens)
+    warmup = meter.warm_up(settings.warmup)
+    decode = meter.decode(settings.new_tokens)
+    after = disk_rates(probed, DISK_SECONDS)
+    disk = (before.large + after.large) / 2
+    drift = abs(after.large - before.large) / disk
+    facts: dict[str, Any] = {
+        "demand": asdict(demand),
+        "disk_8mb_after": after.large,
+        "disk_drift": drift,
+        "prefill": report.prefill_facts(prefill, demand, expert, run.prefill_chunk, disk, compute, run.exact),
+        "warmup": warmup,
+        "decode": report.decode_facts(decode, demand, disk, compute, run.exact),
+    }
+    for line in [
+        *report.phase_lines("prefill", facts["prefill"]),
+        f"warm-up    {warmup} tokens, not counted",
+        *report.phase_lines("decode", facts["decode"]),
+        f"disk       {after.large / report.GB:.2f} GB/s at 8 MB afterwards",
+    ]:
+        say(line)
+    if drift > DRIFT:
+        say(f"           the disk's rate changed by {100 * drift:.0f} % during the run: repeat it")
+    return facts

@@ -1,0 +1,59 @@
+"""``moestream chat``: a plain loop over a conversation kept in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moestream.cli import options
+from moestream.cli.output import Interrupt, note
+from moestream.cli.run import load, write_stream
+from moestream.errors import RequestError
+
+
+def chat(
+    model: options.Model = "demo",
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    cache: options.Cache = "arena",
+    active_experts: options.ActiveExperts = None,
+    exact: options.Exact = False,
+    context: options.Context = None,
+    prefill_chunk: options.PrefillChunk = 512,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+) -> None:
+    """Talk to a model. /bye or Ctrl-D ends the chat, Ctrl-C ends only the reply."""
+    sampling = options.given(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    )
+    messages: list[dict[str, Any]] = []
+    with load(model, ram, threads, cache, active_experts, exact, context, prefill_chunk) as llm:
+        note("/bye or Ctrl-D ends the chat, Ctrl-C ends the reply, /new forgets the conversation.")
+        while (text := _ask()) != "/bye":
+            if text == "/new":
+                messages.clear()
+            elif text:
+                messages.append({"role": "user", "content": text})
+                with Interrupt(llm.cancel):
+                    try:
+                        reply, last = write_stream(llm.stream_chat(messages, **sampling))
+                    except RequestError as error:  # the conversation may have outgrown the context
+                        note(f"moestream: {error}")
+                        messages.pop()
+                        continue
+                messages.append({"role": "assistant", "content": last.reply.content if last.reply else reply})
+                if last.receipt and last.receipt.decode_tok_s:
+                    note(f"[{last.receipt.new_tokens} tokens at {last.receipt.decode_tok_s:.1f} tok/s]")
+
+
+def _ask() -> str:
+    """The next line of the person; ``/bye`` at the end of input or on Ctrl-C."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        note("")
+        return "/bye"

@@ -1,0 +1,133 @@
+"""``moestream run``: one prompt, one reply."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moestream.cli import options
+from moestream.cli.output import INTERRUPTED, Interrupt, note, progress
+from moestream.config import CacheMode
+from moestream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moestream.llm import LLM
+    from moestream.text.replies import Delta
+
+
+def run(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; read from stdin when left out.")] = None,
+    model: options.Model = "demo",
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    cache: options.Cache = "arena",
+    active_experts: options.ActiveExperts = None,
+    exact: options.Exact = False,
+    context: options.Context = None,
+    prefill_chunk: options.PrefillChunk = 512,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    stop: options.Stop = None,
+    seed: options.Seed = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Answer one prompt: the text to stdout, the receipt to stderr."""
+    text = _read_prompt(prompt)
+    sampling = options.given(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop) if stop else None,
+        seed=seed,
+    )
+    with (
+        load(model, ram, threads, cache, active_experts, exact, context, prefill_chunk) as llm,
+        Interrupt(llm.cancel) as interrupt,
+    ):
+        if raw or llm.template is None:
+            stream = llm.stream(text, **sampling)
+        else:
+            stream = llm.stream_chat([{"role": "user", "content": text}], **sampling)
+        reply, last = write_stream(stream, quiet=as_json)
+    receipt = last.receipt
+    assert receipt is not None  # the last delta has one
+    if as_json:
+        print(json.dumps({"text": reply, "finish_reason": last.finish_reason, "receipt": receipt.to_dict()}))
+    else:
+        note("\n".join(["", *receipt.lines()]))
+    if interrupt.asked:
+        raise typer.Exit(INTERRUPTED)
+
+
+def load(
+    model: str,
+    ram: int | None,
+    threads: int | None,
+    cache: CacheMode,
+    active_experts: int | None,
+    exact: bool,
+    context: int | None,
+    prefill_chunk: int,
+) -> LLM:
+    """Load a model for one sequence at a time, with a progress bar."""
+    from moestream.llm import LLM  # noqa: PLC0415
+
+    with progress(f"Loading {model}") as update:
+        return LLM.load(
+            model,
+            ram=ram,
+            threads=threads,
+            cache=cache,
+            active_experts=active_experts,
+            exact=exact,
+            context=context,
+            prefill_chunk=prefill_chunk,
+            max_batch=1,
+            progress=lambda _what, done, total: update(done, total),
+        )
+
+
+def write_stream(stream: Iterator[Delta], quiet: bool = False) -> tuple[str, Delta]:
+    """Print a reply as it comes; returns its text and the last delta."""
+    parts: list[str] = []
+    for delta in stream:
+        parts.append(delta.text)
+        if delta.text and not quiet:
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
+    if not quiet:
+        print(flush=True)
+    return "".join(parts), delta
+
+
+def _read_prompt(prompt: str | None) -> str:
+    """The argument, or stdin."""
+    if prompt is None:
+        if sys.stdin.isatty():
+            note("Type the prompt and end it with Ctrl-D:")
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise ConfigError('there is no prompt; write for example: moestream run "Tell me a story about a fox"')
+    if (Path(prompt) / "config.json").is_file():
+        raise ConfigError(f"{prompt} is a model folder, not a prompt; write: moestream run PROMPT --model {prompt}")
+    return prompt
