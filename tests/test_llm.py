@@ -1,6 +1,7 @@
 """The library from text to text, on tiny real checkpoints streamed from disk."""
 
 import errno
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -30,6 +31,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if tools %}{{ tools | tojson }}{% endif %}<|im_start|>assistant\n{% if think %}<think>{% endif %}"
 )
+BACKEND = "cpu" if importlib.util.find_spec("moestream._native") else "reference"
 GREEDILY = SamplingParams(temperature=0, max_tokens=GREEDY, ignore_eos=True)
 
 
@@ -59,7 +61,7 @@ def folder(tmp_path_factory):
 
 
 def load(path, **kwargs):
-    return LLM.load(path, **({"backend": "reference", "ram": "2GB", "context": 256} | kwargs))
+    return LLM.load(path, **({"backend": BACKEND, "exact": True, "ram": "2GB", "context": 256} | kwargs))
 
 
 @pytest.fixture(scope="module")

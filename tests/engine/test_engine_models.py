@@ -9,7 +9,6 @@ from moestream.engine.sampling import SamplingParams
 from moestream.errors import ReadError
 from moestream.models.registry import parse_config
 from moestream.models.weights import map_weights
-from moestream.ops.reference import ReferenceOps
 
 pytestmark = pytest.mark.parametrize("tiny", ["qwen3-bf16-single", "qwen3_5-f32-single"], indirect=True)
 PARAMS = SamplingParams(temperature=0, max_tokens=GREEDY, ignore_eos=True)
@@ -21,8 +20,8 @@ def experts(tiny: Golden) -> ResidentExperts:
     return ResidentExperts(tiny.checkpoint, map_weights(tiny.checkpoint, config, names))
 
 
-def make(tiny, experts, **kwargs):
-    model = tiny.model(ReferenceOps(), experts)
+def make(tiny, ops, experts, **kwargs):
+    model = tiny.model(ops, experts)
     return Engine(model, vocab_size=model.config.vocab_size, context=256, **kwargs)
 
 
@@ -34,27 +33,27 @@ def run(engine, prompts, params=PARAMS):
 
 
 @pytest.mark.parametrize(("max_batch", "chunk"), [(1, 512), (3, 512), (2, 37)])
-def test_generates_what_transformers_generates(tiny, experts, max_batch, chunk):
-    engine = make(tiny, experts, max_batch=max_batch, prefill_chunk=chunk)
+def test_generates_what_transformers_generates(tiny, exact_ops, experts, max_batch, chunk):
+    engine = make(tiny, exact_ops, experts, max_batch=max_batch, prefill_chunk=chunk)
     for sequence, p in zip(run(engine, [tiny.ids(p)[:-GREEDY] for p in PROMPTS]), PROMPTS, strict=True):
         assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
 
 
-def test_logits_match_in_sweeps(tiny, experts):
-    logits = make(tiny, experts, prefill_chunk=50).logits(tiny.ids(0))
+def test_logits_match_in_sweeps(tiny, exact_ops, experts):
+    logits = make(tiny, exact_ops, experts, prefill_chunk=50).logits(tiny.ids(0))
     assert_close(logits, tiny.logits(0), tiny.logits_bound, "logits")
 
 
-def test_unreadable_expert_leaves_neighbours_unharmed(tiny, experts):
+def test_unreadable_expert_leaves_neighbours_unharmed(tiny, exact_ops, experts):
     """One expert of the last layer with experts is lost: requests that route to it end, the others do not notice."""
     layer = max(experts.layers)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     prompts = [tiny.ids(2)[:1], tiny.ids(1)[:2], tiny.ids(2)[:3]]
-    alone = [run(make(tiny, experts), [p], params)[0].tokens for p in prompts]
+    alone = [run(make(tiny, exact_ops, experts), [p], params)[0].tokens for p in prompts]
     reasons = []
     for expert in range(len(experts.layers[layer][2])):
         experts.fail = {(layer, expert): ReadError("shard.safetensors: cannot read at offset 4096: Input/output error")}
-        for sequence, tokens in zip(run(make(tiny, experts), prompts, params), alone, strict=True):
+        for sequence, tokens in zip(run(make(tiny, exact_ops, experts), prompts, params), alone, strict=True):
             reasons.append(sequence.finish_reason)
             assert sequence.tokens == tokens[: len(sequence.tokens)]
             if sequence.finish_reason == "error":
@@ -65,16 +64,16 @@ def test_unreadable_expert_leaves_neighbours_unharmed(tiny, experts):
     assert {"error", "length"} == set(reasons)
 
 
-def test_sampled_text_does_not_depend_on_company(tiny, experts):
+def test_sampled_text_does_not_depend_on_company(tiny, exact_ops, experts):
     prompts = [tiny.ids(p)[:-GREEDY] for p in PROMPTS]
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=5, max_tokens=8, ignore_eos=True)
-    together = [s.tokens for s in run(make(tiny, experts), prompts, params)]
-    assert together == [run(make(tiny, experts), [p], params)[0].tokens for p in prompts]
+    together = [s.tokens for s in run(make(tiny, exact_ops, experts), prompts, params)]
+    assert together == [run(make(tiny, exact_ops, experts), [p], params)[0].tokens for p in prompts]
     assert len({tuple(t) for t in together}) == len(prompts)
 
 
-def test_weights_that_overflow_end_the_request(tiny, experts):
-    engine = make(tiny, experts)
+def test_weights_that_overflow_end_the_request(tiny, exact_ops, experts):
+    engine = make(tiny, exact_ops, experts)
     good = engine.add(tiny.ids(2)[:-GREEDY], PARAMS)
     bad = engine.add(tiny.ids(1)[:-GREEDY], PARAMS)
     engine.step()
