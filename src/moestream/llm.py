@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast, overload
@@ -331,7 +330,7 @@ def find_model(model: str | Path) -> Path:
         CheckpointError: there is no such folder; says how to get it.
     """
     if model == DEMO:
-        folder = Path(str(resources.files("moestream.demo")))
+        folder = Path(__file__).with_name("demo")
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"the demo model is not part of this installation ({folder} has no config.json)")
         return folder
