@@ -34,7 +34,9 @@ IsaList supported_isas() {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
         __builtin_cpu_supports("avx512vbmi"))
         list.tiers[list.count++] = Isa::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.tiers[list.count++] = Isa::avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+        __builtin_cpu_supports("f16c"))
+        list.tiers[list.count++] = Isa::avx2;
 #elif defined(__APPLE__) && defined(__aarch64__)
     list.tiers[list.count++] = Isa::neon;  // every Apple Silicon core has dot product and fp16
 #elif defined(__linux__) && defined(__aarch64__)
