@@ -234,17 +234,23 @@ def test_failed_step_ends_its_requests_and_nothing_else(error):
     assert waiting.tokens == alone([3], GREEDY)
 
 
-def test_interrupt_cancels_the_step_and_leaves_the_engine_usable():
+@pytest.mark.parametrize("where", ["forward", "sampling"])
+def test_interrupt_cancels_the_step_and_leaves_the_engine_usable(where):
     engine, model = make()
+    first, second, third = (engine.add([i], GREEDY) for i in range(3))
+    engine.step()
 
-    def interrupt(batch):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    model.before = interrupt
-    sequence = engine.add([1], GREEDY)
+    if where == "forward":
+        model.before = interrupt
+    else:
+        second.sampler.sample = interrupt  # the first has its token already
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    assert sequence.finish_reason == "cancelled"
+    assert [s.finish_reason for s in (first, second, third)] == ["cancelled"] * 3
+    assert engine.idle
     model.before = lambda batch: None
     again = engine.add([1], GREEDY)
     drain(engine)

@@ -161,19 +161,18 @@ class Engine:
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
-        running = [sequence for sequence, _ in chunks]
         try:
             batch, sampled = self._batch(chunks)
             before = self._counters()
             logits = self._model.forward(batch)
+            self._account(chunks, self._counters() - before)
+            return self._postprocess(chunks, batch, sampled, logits)
         except Exception as error:
-            return [self._fail(sequence, error) for sequence in running]
+            return [self._fail(sequence, error) for sequence, _ in chunks if not sequence.finished]
         except BaseException:
-            for sequence in running:
-                self._finish(sequence, "cancelled")
+            for sequence, _ in chunks:
+                self.abort(sequence)
             raise
-        self._account(chunks, self._counters() - before)
-        return self._postprocess(chunks, batch, sampled, logits)
 
     def _batch(self, chunks: list[tuple[Sequence, int]]) -> tuple[Batch, list[Sequence]]:
         """The batch of a step, and the sequences that sample from its logits rows, in their order."""

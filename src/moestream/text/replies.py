@@ -86,8 +86,8 @@ class Replies:
         """Cancel everything; nothing can be asked afterwards."""
         with self.lock:
             self._closed = True
-            for reply in list(self._open.values()):
-                self._release(reply)
+            self._abort_all()
+            self._open.clear()
 
     def cancel(self) -> None:
         """End every running request before its next step; safe in a signal handler. What was generated stays."""
@@ -175,15 +175,21 @@ class Replies:
                     raise RequestError("the request was cancelled: the model has been closed")
                 try:
                     if self._cancel:
-                        self._cancel = False
-                        for other in self._open.values():
-                            self._engine.abort(other.sequence)
+                        self._abort_all()
                     for event in self._engine.step():
                         self._deliver(event)
-                finally:  # a cancelled sequence, or one of an interrupted step, ends without an event
+                except BaseException:  # Ctrl-C: what the step did may not have reached every reply
+                    self._abort_all()
+                    raise
+                finally:  # aborted sequences end without an event
                     for other in self._open.values():
                         if other.sequence.finished and not other.ended:
                             self._end(other, "", ())
+
+    def _abort_all(self) -> None:
+        self._cancel = False
+        for reply in self._open.values():
+            self._engine.abort(reply.sequence)
 
     def _deliver(self, event: TokenEvent) -> None:
         """Turn what the engine did for one sequence into a delta of its reply."""
