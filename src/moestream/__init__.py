@@ -64,10 +64,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'moestream' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES.get(name, "moestream.errors")), name)
+if not TYPE_CHECKING:  # for mypy it would hide the submodules
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'moestream' has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES.get(name, "moestream.errors")), name)
 
 
 def __dir__() -> list[str]:
