@@ -34,8 +34,8 @@ IsaList supported_isas() {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
         __builtin_cpu_supports("avx512vbmi"))
         list.tiers[list.count++] = Isa::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-        __builtin_cpu_supports("f16c"))
+    // F16C came before AVX2 on every CPU, and not every compiler can ask for it.
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
         list.tiers[list.count++] = Isa::avx2;
 #elif defined(__APPLE__) && defined(__aarch64__)
     list.tiers[list.count++] = Isa::neon;  // every Apple Silicon core has dot product and fp16

@@ -34,9 +34,18 @@ bool spin_until(Done&& done) {
     }
 }
 
+constexpr uint64_t kInside = 1;         // bits 0..14: members inside the task
+constexpr uint64_t kEntered = 1 << 15;  // bits 15..30: members that have entered it
+constexpr uint64_t kClosed = 1U << 31;  // no member may enter any more
+constexpr uint64_t kTask = uint64_t{1} << 32;
+
+uint64_t task_of(uint64_t state) { return state / kTask; }
+uint64_t inside(uint64_t state) { return state % kEntered; }
+uint64_t entered(uint64_t state) { return state % kClosed / kEntered; }
+
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : state_(kClosed) {
     for (int member = 1; member < threads; ++member) workers_.emplace_back([this, member] { work(member); });
 }
 
@@ -44,13 +53,13 @@ Pool::~Pool() {
     {
         std::lock_guard lock(mutex_);
         stop_.store(true);
-        generation_.fetch_add(1);
+        state_.fetch_add(kTask);
     }
     wake_.notify_all();
     for (auto& worker : workers_) worker.join();
 }
 
-void Pool::run_raw(Raw body, void* context) {
+void Pool::run_raw(Raw body, void* context, bool wait_for_all) {
     std::lock_guard caller(callers_);
     if (workers_.empty()) {
         body(context, 0, 1);
@@ -58,8 +67,8 @@ void Pool::run_raw(Raw body, void* context) {
     }
     body_ = body;
     context_ = context;
-    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    generation_.fetch_add(1);  // sequentially consistent with sleeping_: no wake-up is lost
+    // Sequentially consistent with sleeping_: no wake-up is lost.
+    state_.store((task_of(state_.load()) + 1) * kTask);
     if (sleeping_.load() > 0) {
         {
             std::lock_guard lock(mutex_);
@@ -67,24 +76,34 @@ void Pool::run_raw(Raw body, void* context) {
         wake_.notify_all();
     }
     body(context, 0, size());
-    auto finished = [this] { return running_.load(std::memory_order_acquire) == 0; };
-    while (!spin_until(finished)) std::this_thread::yield();
+    auto wait = [this](auto&& done) {
+        while (!spin_until([&] { return done(state_.load(std::memory_order_acquire)); })) std::this_thread::yield();
+    };
+    if (wait_for_all) wait([this](uint64_t state) { return entered(state) == workers_.size(); });
+    state_.fetch_or(kClosed, std::memory_order_acq_rel);
+    wait([](uint64_t state) { return inside(state) == 0; });
 }
 
 void Pool::work(int member) {
     uint64_t seen = 0;
     for (;;) {
-        auto changed = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+        auto changed = [&] { return task_of(state_.load(std::memory_order_acquire)) != seen; };
         if (!spin_until(changed)) {
             std::unique_lock lock(mutex_);
             sleeping_.fetch_add(1);
-            wake_.wait(lock, [&] { return generation_.load() != seen; });
+            wake_.wait(lock, [&] { return task_of(state_.load()) != seen; });
             sleeping_.fetch_sub(1);
         }
-        seen = generation_.load(std::memory_order_acquire);
-        if (stop_.load()) return;
-        body_(context_, member, size());
-        running_.fetch_sub(1, std::memory_order_release);
+        uint64_t state = state_.load(std::memory_order_acquire);
+        for (;;) {
+            seen = task_of(state);
+            if (stop_.load()) return;
+            if ((state & kClosed) != 0) break;
+            if (!state_.compare_exchange_weak(state, state + kEntered + kInside, std::memory_order_acq_rel)) continue;
+            body_(context_, member, size());
+            state_.fetch_sub(kInside, std::memory_order_release);
+            break;
+        }
     }
 }
 

@@ -25,13 +25,12 @@ public:
     // Calls body(member, size()) on every member and returns when all are done.
     template <class Body>
     void run(Body&& body) {
-        run_raw([](void* context, int member,
-                   int size) { (*static_cast<std::remove_reference_t<Body>*>(context))(member, size); },
-                &body);
+        run_raw(call<std::remove_reference_t<Body>>, &body, true);
     }
 
     // Calls body(begin, end) over [0, count) in chunks of about `grain`, handed out dynamically so that a
-    // member slowed by a neighbour does less.
+    // member slowed by a neighbour does less. A member that has not come by the time the work is handed out is
+    // not waited for: on a busy machine its core may be someone else's for milliseconds.
     template <class Body>
     void parallel_for(int64_t count, int64_t grain, Body&& body) {
         if (count <= 0) return;
@@ -41,29 +40,35 @@ public:
             return;
         }
         std::atomic<int64_t> next{0};
-        run([&](int, int) {
+        auto loop = [&](int, int) {
             for (;;) {
                 const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
                 if (begin >= count) return;
                 body(begin, begin + grain < count ? begin + grain : count);
             }
-        });
+        };
+        run_raw(call<decltype(loop)>, &loop, false);
     }
 
 private:
     using Raw = void (*)(void*, int, int);
-    void run_raw(Raw body, void* context);
+    template <class Body>
+    static void call(void* context, int member, int size) {
+        (*static_cast<Body*>(context))(member, size);
+    }
+    void run_raw(Raw body, void* context, bool wait_for_all);
     void work(int member);
 
     std::vector<std::thread> workers_;
     std::mutex callers_;
     std::mutex mutex_;
     std::condition_variable wake_;
-    std::atomic<uint64_t> generation_{0};
-    std::atomic<int> running_{0};
+    // One word, so that entering a task and closing it exclude each other: the task's number in the high half,
+    // then whether it is closed, how many members have entered and how many of them are still inside.
+    std::atomic<uint64_t> state_;
     std::atomic<int> sleeping_{0};
     std::atomic<bool> stop_{false};
-    Raw body_ = nullptr;
+    Raw body_ = nullptr;  // written only while no member is inside
     void* context_ = nullptr;
 };
 
