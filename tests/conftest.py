@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
-from golden_models import NAMES, Golden, golden
+from golden_models import NAMES, Golden, golden, make_cpu_ops
 
 from moestream.ops.base import Ops
 from moestream.ops.reference import ReferenceOps
@@ -27,12 +25,3 @@ def exact_ops(request: pytest.FixtureRequest) -> Ops:
 def fast_ops() -> Ops:
     """The native backend with rounded activations."""
     return make_cpu_ops(exact=False)
-
-
-def make_cpu_ops(exact: bool) -> Ops:
-    """The native backend, or a skip that says why there is none."""
-    if importlib.util.find_spec("moestream._native") is None:
-        pytest.skip("moestream._native is not built: no C++ compiler was found at installation")
-    from moestream.ops.cpu import CpuOps
-
-    return CpuOps(exact=exact)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from moestream.checkpoint.encoding import Extent
 from moestream.checkpoint.index import Checkpoint, open_checkpoint
@@ -27,6 +29,9 @@ GREEDY = 16
 EPS = 2.0**-24
 ROUNDINGS = 32
 """Roundings that may pile up, each amplified as a change of the embedding is: about one per operation in a row."""
+
+PEAK = 2.5
+"""Largest of 64 normally distributed activations, in units of their spread."""
 
 
 @dataclass
@@ -98,6 +103,14 @@ class Golden:
         """The same for the output of each layer [L]."""
         return ROUNDINGS * EPS * self.arrays["hidden_scale"]
 
+    def rounding_bound(self, layers: int) -> float:
+        """Root mean square of what rounding activations to int8 may change the logits by.
+
+        A group's step is its peak / 127, so the error is peak / 127 / sqrt(12) of its spread, independent at each of
+        four roundings in a row per layer and amplified like a change of the embedding.
+        """
+        return float(PEAK / 127 / np.sqrt(12) * np.sqrt(4 * layers) * self.arrays["logits_rms_scale"])
+
     @cached_property
     def checkpoint(self) -> Checkpoint:
         return open_checkpoint(self.folder)
@@ -110,6 +123,15 @@ class Golden:
         return load_model(
             self.checkpoint, config, weights, ops, source, lambda extents: read_extents(self.checkpoint, extents)
         )
+
+
+def make_cpu_ops(exact: bool) -> Ops:
+    """The native backend, or a skip that says why there is none."""
+    if importlib.util.find_spec("moestream._native") is None:
+        pytest.skip("moestream._native is not built: no C++ compiler was found at installation")
+    from moestream.ops.cpu import CpuOps
+
+    return CpuOps(exact=exact)
 
 
 @cache

@@ -173,12 +173,15 @@ class Moe:
         return ops.combine(x, out, weights, shared, shared_gate[0] if shared_gate else None)
 
     def _route(self, logits: F32, layer: int, step: Step) -> tuple[I32, F32]:
-        """Expert ids and weights [T, k]; imposed ids get the softmax over their own logits."""
+        """Expert ids and weights [T, k]; imposed ids get the weights that the router's logits give them."""
         if step.router_override is None:
             return step.ops.route(logits, step.active, self.renormalise)
         imposed = step.router_override(layer, len(logits))
-        order, weights = step.ops.route(np.take_along_axis(logits, imposed, axis=1), step.active, True)
-        return np.take_along_axis(imposed, order, axis=1), weights
+        ranked, ranked_weights = step.ops.route(logits, logits.shape[1], False)
+        probabilities = np.empty_like(logits)
+        np.put_along_axis(probabilities, ranked, ranked_weights, axis=1)
+        weights = np.take_along_axis(probabilities, imposed, axis=1)
+        return imposed, weights / weights.sum(axis=1, keepdims=True) if self.renormalise else weights
 
 
 def _joined(rows: list[F32]) -> F32:
