@@ -19,7 +19,7 @@ from moestream.errors import BackendError, CheckpointError
 
 SMALL, LARGE = 1_000_000 // 4096 * 4096, 8_000_000 // 4096 * 4096
 PROBE_THREADS = 8
-MEMORY_BYTES = SCRATCH_BYTES = 1 << 29  # far more than any cache of the processor
+MEMORY_BYTES = SCRATCH_BYTES = 1 << 28  # far more than any cache of the processor
 INSTALL = (
     "install a C++20 compiler (Debian: apt-get install g++; macOS: xcode-select --install), then reinstall moestream"
 )
@@ -65,7 +65,7 @@ def native() -> Any:
 def compute_rates(threads: int) -> ComputeRates:
     """Probe memory and arithmetic with ``threads`` threads, for about a second.
 
-    Runs in a process of its own, so that the half gigabyte it reads does not count as memory of this one.
+    Runs in a process of its own, so that the memory it reads does not count as memory of this one.
 
     Raises:
         BackendError: the native module is not installed.
@@ -81,7 +81,7 @@ def probe_compute(threads: int) -> tuple[float, float, float]:
     """Bytes, int8 operations and float32 operations per second."""
     module = native()
     module.set_threads(threads)
-    return module.memory_bandwidth(MEMORY_BYTES, 0.5), module.int8_peak(0.2), module.fma_peak(0.2)
+    return module.memory_bandwidth(MEMORY_BYTES, 0.4), module.int8_peak(0.2), module.fma_peak(0.2)
 
 
 def disk_rates(file: Path, seconds: float) -> DiskRates:

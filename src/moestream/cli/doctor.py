@@ -20,7 +20,7 @@ def doctor(
     folder: Annotated[
         Path, typer.Argument(help="Folder whose disk is measured, for example that of your models.")
     ] = Path(),
-    disk: Annotated[bool, typer.Option(help="Measure the disk: writes a temporary file of 0.5 GB.")] = True,
+    disk: Annotated[bool, typer.Option(help="Measure the disk: writes a temporary file of 268 MB.")] = True,
     as_json: options.Json = False,
 ) -> None:
     """Show CPU, memory, disk speed and backends, and how to fix what is slow."""

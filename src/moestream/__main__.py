@@ -1,0 +1,5 @@
+"""``python -m moestream``."""
+
+from moestream.cli.main import main
+
+main()
