@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -355,15 +356,21 @@ def test_without_tokenizer_or_template():
             llm.chat([{"role": "user", "content": "hi"}])
 
 
-def test_closed_model_refuses(folder):
+def test_closed_model_refuses_and_gives_its_memory_back(folder):
     llm = load(folder)
+    arena, model = weakref.ref(llm.runtime.store.arena), weakref.ref(llm.runtime.model)
     stream = llm.stream("abc", GREEDILY)
     next(stream)
     llm.close()
+    llm.close()
     with pytest.raises(RequestError, match="closed"):
         list(stream)
-    with pytest.raises(RequestError, match="closed"):
-        llm.generate("abc")
+    for call in (lambda: llm.generate("abc"), lambda: llm.logits([1]), lambda: llm.runtime):
+        with pytest.raises(RequestError, match="closed"):
+            call()
+    del stream
+    assert arena() is None
+    assert model() is None
 
 
 def test_missing_native_kernels_warn_once_and_work(folder, monkeypatch):

@@ -39,7 +39,6 @@ class LLM:
     runs a step for all, so that requests share the experts they read.
 
     Attributes:
-        runtime: Model, engine, plan and store.
         tokenizer: None when the folder has no ``tokenizer.json``; token ids still work.
         template: None when the model has no chat template.
         default_params: Sampling as ``generation_config.json`` recommends.
@@ -52,11 +51,28 @@ class LLM:
         template: ChatTemplate | None,
         default_params: SamplingParams | None = None,
     ) -> None:
-        self.runtime = runtime
+        self._open: tuple[Runtime, Replies] | None = (runtime, Replies(runtime.engine, tokenizer, runtime.receipt))
         self.tokenizer = tokenizer
         self.template = template
         self.default_params = default_params or SamplingParams()
-        self._replies = Replies(runtime.engine, tokenizer, runtime.receipt)
+
+    @property
+    def runtime(self) -> Runtime:
+        """Model, engine, plan and store.
+
+        Raises:
+            RequestError: the model has been closed.
+        """
+        return self._opened()[0]
+
+    @property
+    def _replies(self) -> Replies:
+        return self._opened()[1]
+
+    def _opened(self) -> tuple[Runtime, Replies]:
+        if self._open is None:
+            raise RequestError("the model has been closed")
+        return self._open
 
     @classmethod
     def load(
@@ -128,13 +144,17 @@ class LLM:
 
         Safe in a signal handler and from other threads; what was generated so far stays.
         """
-        self._replies.cancel()
+        if self._open is not None:
+            self._replies.cancel()
 
     def close(self) -> None:
         """Cancel what runs and give memory, files and processes back. The model cannot be used afterwards."""
-        self._replies.close()
-        with self._replies.lock:  # a step of another thread may still run
-            self.runtime.close()
+        if self._open is not None:
+            runtime, replies = self._open
+            self._open = None  # the last reference to the weights, unless a stream is still held
+            replies.close()
+            with replies.lock:  # a step of another thread may still run
+                runtime.close()
         if self.template is not None:
             self.template.close()
 
