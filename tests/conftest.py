@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-from golden_models import NAMES, Golden, golden, make_cpu_ops
+import os
 
-from moestream.ops.base import Ops
-from moestream.ops.reference import ReferenceOps
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads make tiny products five times slower
+
+import pytest  # noqa: E402
+from golden_models import NAMES, Golden, golden, make_cpu_ops  # noqa: E402
+
+from moestream.ops.base import Ops  # noqa: E402
+from moestream.ops.reference import ReferenceOps  # noqa: E402
 
 
 @pytest.fixture(params=NAMES)
