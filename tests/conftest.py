@@ -6,11 +6,11 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads make tiny products five times slower
 
-import pytest  # noqa: E402
-from golden_models import NAMES, Golden, golden, make_cpu_ops  # noqa: E402
+import pytest
+from golden_models import NAMES, Golden, golden, make_cpu_ops
 
-from moestream.ops.base import Ops  # noqa: E402
-from moestream.ops.reference import ReferenceOps  # noqa: E402
+from moestream.ops.base import Ops
+from moestream.ops.reference import ReferenceOps
 
 
 @pytest.fixture(params=NAMES)
