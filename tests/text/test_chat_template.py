@@ -19,7 +19,7 @@ CHATML = """{%- if tools %}{{ tools | tojson }}
     {%- if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}
 {%- endif %}"""
 HELLO = [{"role": "user", "content": "hé <b>'x'</b>"}]
-LIMITS = TemplateLimits(seconds=1.0, memory=256 << 20, output=100_000)
+LIMITS = TemplateLimits(seconds=30.0, memory=256 << 20, output=100_000)  # a busy machine is slow
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def make():
 
     def build(templates, **kwargs):
         templates = {"default": templates} if isinstance(templates, str) else templates
-        made.append(ChatTemplate(templates, limits=LIMITS, **kwargs))
+        made.append(ChatTemplate(templates, **({"limits": LIMITS} | kwargs)))
         return made[-1]
 
     yield build
@@ -71,7 +71,6 @@ def test_what_transformers_offers_to_templates(make):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "longer than 1 s"),
         ("{{ 'a' * 10**9 }}", "bytes of memory"),
         ("{% set n = namespace(v='a') %}{% for i in range(60) %}{% set n.v = n.v ~ n.v %}{% endfor %}", "of memory"),
         ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "more than 100000 characters"),
@@ -95,16 +94,14 @@ def test_format_strings_reach_no_attributes(make):
     assert make("{{ '<{0.__class__}>'.format(messages) }}").render(HELLO) == "<>"
 
 
-def test_worker_is_replaced_after_a_limit_and_after_dying(make):
-    template = make(
-        "{% if loop %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}x"
-    )
-    assert template.render(HELLO) == "x"
-    with pytest.raises(TemplateError, match="longer than"):
-        template.render(HELLO, loop=True)
+def test_endless_loop_is_stopped_and_the_worker_replaced(make):
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = make("{% if loop_now %}" + loop + "{% endif %}x", limits=TemplateLimits(seconds=2.0))
+    with pytest.raises(TemplateError, match="longer than 2 s"):
+        template.render(HELLO, loop_now=True)
     assert template.render(HELLO) == "x"
     os.kill(template._worker._process.pid, signal.SIGKILL)
-    with pytest.raises(TemplateError, match=r"process"):
+    with pytest.raises(TemplateError, match="process"):
         template.render(HELLO)
     assert template.render(HELLO) == "x"
 
