@@ -62,6 +62,7 @@ inline int32_t sum_i(VI v) { return _mm512_reduce_add_epi32(v); }
 inline VF to_float(VI v) { return _mm512_cvtepi32_ps(v); }
 inline VI round_i(VF v) { return _mm512_cvtps_epi32(v); }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 inline VB opaque(VB v) {
     asm volatile("" : "+v"(v));
     return v;
@@ -70,7 +71,9 @@ inline VB opaque(VB v) {
 // acc[lane] += sum of four unsigned codes times four signed values.
 template <bool Wide>
 inline VI dot(VI acc, VB codes, VB values) {
-    return _mm512_dpbusd_epi32(acc, codes, values);
+    // The intrinsic, but GCC 12 copies every accumulator of a loop around it.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(values));
+    return acc;
 }
 
 inline VB broadcast_word(const int8_t* p) {

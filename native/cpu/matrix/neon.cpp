@@ -75,6 +75,7 @@ inline int32_t sum_i(VI v) { return vaddvq_s32(v); }
 inline VF to_float(VI v) { return vcvtq_f32_s32(v); }
 inline VI round_i(VF v) { return vcvtnq_s32_f32(v); }
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 inline VB opaque(VB v) {
     asm volatile("" : "+w"(v));
     return v;

@@ -46,6 +46,7 @@ inline void load_transposed(const MatrixView& w, int64_t row0, int rows, int64_t
     const int64_t row_bytes = w.layout.cols * Bits / 8;
     const uint8_t* p = w.codes + row0 * row_bytes + column * Bits / 8;
     for (int l = 0; l < kLanes; ++l, p += row_bytes) {
+        prefetch_far(p + kTile * row_bytes);  // the next tile
         if (l >= rows)
             words[l] = zero_b();
         else if (columns >= C::kColumns)
@@ -79,25 +80,33 @@ struct CodePanel {
     ScalePanel groups;
 };
 
+// Where each code vector of a step goes, in words: group after group, in each the even columns before the odd ones.
 template <int Bits>
-void pack_codes(const MatrixView& w, int64_t row0, int rows, int64_t column, int64_t columns, CodePanel& panel) {
+struct WordOrder {
+    int at[Codes<Bits>::kVectors][kLanes];
+
+    explicit WordOrder(int group) {
+        using C = Codes<Bits>;
+        const int run = C::kVectors == 2 && group < C::kColumns ? group / 8 : kLanes;
+        for (int v = 0; v < C::kVectors; ++v)
+            for (int j = 0; j < kLanes; ++j) at[v][j] = j / run * C::kVectors * run + v * run + j % run;
+    }
+};
+
+template <int Bits>
+void pack_codes(const MatrixView& w, int64_t row0, int rows, int64_t column, int64_t columns,
+                const WordOrder<Bits>& order, CodePanel& panel) {
     using C = Codes<Bits>;
-    constexpr int kWords = C::kColumns / 4;
-    const int group = w.layout.group;
-    const bool split_groups = C::kVectors == 2 && group < C::kColumns;
-    const int run = group / 8;  // words of a group's even (or odd) columns
+    constexpr int kWord = 4 * kTile;  // bytes of a word of all rows
     for (int half = 0; half < 2; ++half)
         for (int64_t k = 0; k < columns; k += C::kColumns) {
             VB words[kLanes];
             load_transposed<Bits>(w, row0 + half * kLanes, rows - half * kLanes, column + k, columns - k, words);
-            uint8_t* out = panel.codes + (k / C::kColumns * kWords * 2 + half) * 4 * kLanes;
+            uint8_t* out = panel.codes + k / 4 * kWord + half * 4 * kLanes;
             for (int j = 0; j < kLanes; ++j) {
                 VB codes[C::kVectors];
                 C::split(words[j], codes);
-                for (int v = 0; v < C::kVectors; ++v) {
-                    const int word = split_groups ? j / run * 2 * run + v * run + j % run : v * kLanes + j;
-                    store_b(out + word * 2 * 4 * kLanes, codes[v]);
-                }
+                for (int v = 0; v < C::kVectors; ++v) store_b(out + order.at[v][j] * kWord, codes[v]);
             }
         }
 }
@@ -248,6 +257,7 @@ template <int Bits>
 void code_product(const Product& job) {
     const MatrixView& w = *job.matrix;
     const GroupOrder order(Codes<Bits>::kColumns, Codes<Bits>::kVectors == 2, w.layout.group);
+    const WordOrder<Bits> words(w.layout.group);
     CodePanel panel;
     for (int64_t tile = job.begin; tile < job.end; tile += kTile) {
         const int width = job.end - tile < kTile ? static_cast<int>(job.end - tile) : kTile;
@@ -255,7 +265,7 @@ void code_product(const Product& job) {
             const int64_t columns = w.layout.cols - column < kCodeBlock ? w.layout.cols - column : kCodeBlock;
             const int64_t group0 = column / w.layout.group;
             const int groups = static_cast<int>(columns / w.layout.group);
-            pack_codes<Bits>(w, tile, width, column, columns, panel);
+            pack_codes<Bits>(w, tile, width, column, columns, words, panel);
             pack_scales(w, tile, width, group0, groups, panel.groups);
             over_rows(job, tile, [&](auto rows, const Line* x, float* const* out) {
                 code_block<Bits == 8, decltype(rows)::value>(panel, groups, order, group0, x, out, width, column == 0);
