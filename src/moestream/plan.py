@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
-
 from moestream.config import RunConfig, format_size
 from moestream.errors import BudgetError, ConfigError
 from moestream.experts.arena import area_nbytes
@@ -18,9 +16,9 @@ from moestream.models.config import ModelConfig
 from moestream.models.states import nbytes_fixed, nbytes_per_token
 from moestream.models.weights import WeightMap
 from moestream.ops.base import Ops
+from moestream.system import default_budget, rss
 
 DEFAULT_CONTEXT = 8192
-DEFAULT_SHARE = 0.85  # of the available memory, when no budget is given
 FLOAT32 = 4
 LIVE_RESIDUALS = 6  # arrays [T, H] alive at once: residual, normed, mixer or shared output, their sums, kernel copies
 RUNTIME_NBYTES = 48 << 20  # interpreter growth, thread stacks and kernel scratch after the plan is made
@@ -91,7 +89,7 @@ def plan_memory(
     tables = weights.experts
     slot = slot_nbytes(list(tables.values()))
     fixed = {
-        "baseline": psutil.Process().memory_info().rss + RUNTIME_NBYTES,
+        "baseline": rss() + RUNTIME_NBYTES,
         "dense": _dense_nbytes(weights, ops),
         "states": run.max_batch * (context * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)),
         "scratch": _scratch_nbytes(config, run, active),
@@ -115,11 +113,6 @@ def plan_memory(
         max_batch=run.max_batch,
         token_nbytes=active * sum(t.layout.nbytes for t in tables.values()),
     )
-
-
-def default_budget() -> int:
-    """Most of the available memory, on top of what the process already has."""
-    return int(psutil.Process().memory_info().rss + psutil.virtual_memory().available * DEFAULT_SHARE)
 
 
 def _dense_nbytes(weights: WeightMap, ops: Ops) -> int:
