@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,19 @@ def test_the_native_reader_bypasses_the_page_cache_where_it_says_so(native_reade
         assert counters.bytes_disk >= SIZE
     else:
         assert counters.bytes_disk + counters.bytes_cached == SIZE
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a file system that refuses direct reads")
+def test_where_direct_reads_are_refused_the_file_is_read_buffered(native_reader):
+    path = Path("/proc/version")
+    fd = native_reader.open(path, True)
+    assert not native_reader.is_direct(fd)
+    memory = allocate(area_nbytes(8))
+    native_reader.attach(memory)
+    batch = place(fd, [(5, 8)], memory)
+    native_reader.submit(batch)
+    assert collect(native_reader, 1) == ([0], [])
+    assert got(memory, batch[0].tolist()) == path.read_bytes()[5:13]
 
 
 def test_a_ticket_is_done_when_all_its_ranges_are(reader, file):

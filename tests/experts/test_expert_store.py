@@ -178,6 +178,24 @@ def test_an_abandoned_stream_leaves_the_store_usable(disk, reader, mode, slots):
     assert reader.outstanding() == 0
 
 
+@pytest.mark.parametrize("by", ["close", "next stream"])
+def test_a_stream_ended_early_does_not_look_complete(disk, reader, by):
+    store = make(disk, reader)
+    ids = np.array([[0, 1, 2]], np.int32)
+    stream = store.stream(0, ids)
+    if by == "close":
+        stream.close()
+        stream.close()
+    else:
+        store.stream(0, ids)
+    with pytest.raises(RuntimeError, match="layer 0 was closed before its end"):
+        next(stream)
+    stream = store.stream(0, ids)
+    assert sorted(consume(disk, stream, 0, ids)) == [0, 1, 2]
+    stream.close()
+    assert list(stream) == []
+
+
 def test_a_store_that_holds_everything_reads_each_expert_once(disk, reader):
     store = make(disk, reader, slots=3 * EXPERTS)
     ids = np.arange(EXPERTS, dtype=np.int32)[None]
@@ -275,6 +293,12 @@ def test_bad_requests_are_refused(disk, reader, tmp_path):
         ExpertStore([wrong], disk.files, 2, "arena", reader)
     with pytest.raises(ReadError, match=r"gone\.bin: cannot open: No such file"):
         ExpertStore(disk.tables, [tmp_path / "gone.bin", disk.files[1]], 2, "arena", reader)
+
+
+def test_page_mode_is_never_direct(disk, native_reader):
+    assert not make(disk, native_reader, mode="page").direct
+    direct = native_reader.is_direct(native_reader.open(disk.files[0], True))  # unless the file system refuses
+    assert make(disk, native_reader, mode="arena").direct == direct
 
 
 def test_a_slot_holds_the_largest_expert_of_any_layer(disk, reader):

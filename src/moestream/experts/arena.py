@@ -36,6 +36,8 @@ def allocate(nbytes: int) -> U8:
     memory = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_DONTFORK"):  # a fork during a direct read would leave the bytes in the wrong copy of a page
+        memory.madvise(mmap.MADV_DONTFORK)
     array = np.frombuffer(memory, np.uint8)
     start = -array.ctypes.data % HUGE
     return array[start : start + nbytes]

@@ -146,6 +146,7 @@ class ExpertStore:
             ids[file] = self.reader.open(files[file], direct)
         for plan in plans:
             plan.rows[:, :, FILE] = ids[plan.rows[:, :, FILE]]
+        self._files: list[int] = ids[used].tolist()
 
     def _make_policy(self, slots: int, layer_of_key: list[int]) -> LFRU:
         if self.mode != "arena":
@@ -170,6 +171,11 @@ class ExpertStore:
             raise ValueError(f"layer {layer} has no experts")
         self._active = ExpertStream(self, layer, plan, ids)
         return self._active
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file is read past the page cache; False in mode ``page`` or where the file system refuses."""
+        return all(self.reader.is_direct(file) for file in self._files)
 
     def stats(self) -> StoreStats:
         """A snapshot; subtract an earlier one."""
@@ -214,6 +220,7 @@ class ExpertStream:
         self._ready = [i for i, key in enumerate(self._keys) if slot_of[key] != NO_SLOT]  # to yield next
         self._pending = deque(i for i, key in enumerate(self._keys) if slot_of[key] == NO_SLOT)  # want a slot
         self._current: list[int] = []  # in the wave being used
+        self._abandoned = False
         self._in_flight: dict[int, int] = {}  # ticket: expert
         self._retried: set[int] = set()
         for i in self._ready:
@@ -230,7 +237,12 @@ class ExpertStream:
 
         Waits until at least one expert has landed. An expert whose read fails (after one retry of EIO) is left out and
         named in ``failures``.
+
+        Raises:
+            RuntimeError: the stream was closed, or another one started, before it had ended.
         """
+        if self._abandoned:
+            raise RuntimeError(f"the expert stream of layer {self._layer} was closed before its end")
         self._release_current()
         self._submit_pending()
         while not self._ready:
@@ -245,6 +257,7 @@ class ExpertStream:
 
     def close(self) -> None:
         """End early: reads in flight are waited for, so that no slot is reused while bytes still land in it."""
+        self._abandoned |= self._store._active is self
         self._pending.clear()
         while self._in_flight:
             if not self._wait() and not self._store.reader.outstanding():
