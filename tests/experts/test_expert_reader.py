@@ -12,7 +12,7 @@ import pytest
 from moestream.checkpoint.encoding import Extent
 from moestream.errors import ReadError
 from moestream.experts.arena import allocate, area_nbytes, load_extents
-from moestream.experts.reader import BLOCK, DEST, NBYTES, OFFSET, NativeReader, probe_read, read_error
+from moestream.experts.reader import BLOCK, DEST, NBYTES, OFFSET, NativeReader, read_error
 
 SIZE = 5 * (1 << 20) + 1234
 
@@ -287,10 +287,12 @@ def test_load_extents_names_the_file_that_is_too_short(reader, file):
 
 
 def test_probe_reads_the_file(native_reader, file, tmp_path):
-    assert probe_read(file, block=1 << 20, seconds=0.02, threads=2) > 0
+    from moestream._native import probe_read
+
+    assert probe_read(str(file), 1 << 20, 0.02, True, 2) > 0
     with pytest.raises(ValueError, match="smaller than one block"):
-        probe_read(file, block=8 << 20, seconds=0.02)
+        probe_read(str(file), 8 << 20, 0.02, False, 2)
     with pytest.raises(ValueError, match="multiple of 4096"):
-        probe_read(file, block=1000, seconds=0.02)
-    with pytest.raises(ReadError, match=r"absent: cannot read: No such file"):
-        probe_read(tmp_path / "absent", seconds=0.02)
+        probe_read(str(file), 1000, 0.02, True, 2)
+    with pytest.raises(FileNotFoundError):
+        probe_read(str(tmp_path / "absent"), 4096, 0.02, True, 2)

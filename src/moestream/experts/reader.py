@@ -393,19 +393,3 @@ class PythonReader:
 def make_reader(threads: int = 8) -> Reader:
     """The native reader where it is installed, else the Python one."""
     return NativeReader(threads) if _native is not None else PythonReader(min(threads, 4))
-
-
-def probe_read(path: Path, block: int = 1 << 20, seconds: float = 1.0, direct: bool = True, threads: int = 8) -> float:
-    """Bytes per second of random aligned reads of ``block`` bytes: the disk's ceiling.
-
-    Raises:
-        BackendError: the native module is not installed.
-        ReadError: the file cannot be read.
-        ValueError: ``block`` is not a multiple of 4096, or larger than the file.
-    """
-    if _native is None:
-        raise BackendError("measuring the disk needs the native module: install a C++ compiler and run `pip install .`")
-    try:
-        return float(_native.probe_read(str(path), block, seconds, direct, threads))
-    except OSError as error:
-        raise ReadError(f"{path}: cannot read: {error.strerror}") from error
