@@ -1,4 +1,4 @@
-"""Regenerate the goldens: ``pip install torch==2.13.0 transformers && python tests/goldens/generate.py [--search]``.
+"""Regenerate the goldens: ``python tests/goldens/generate.py [--search] [NAME ...]``, with torch==2.13.0, transformers.
 
 ``--search`` looks for seeds without near-ties, so that no rounding difference can choose another expert or another
 token; the best belong into ``tiny.RECIPES``.
@@ -28,16 +28,16 @@ def clearness(recipe: tiny.Recipe) -> float:
     return float(min(golden["gap"] / GAP, golden["margin"] / MARGIN))
 
 
-def search() -> None:
+def search(recipes: list[tiny.Recipe]) -> None:
     """Print the clearest seed of each recipe."""
-    for recipe in tiny.RECIPES:
+    for recipe in recipes:
         best = max((replace(recipe, seed=seed) for seed in range(SEEDS)), key=clearness)
         print(f"{recipe.name}: seed={best.seed}, clearness {clearness(best):.2f}")
 
 
-def write() -> None:
-    """Write every recipe's checkpoint and golden beside this file."""
-    for recipe in tiny.RECIPES:
+def write(recipes: list[tiny.Recipe]) -> None:
+    """Write each recipe's checkpoint and golden beside this file."""
+    for recipe in recipes:
         folder = HERE / recipe.name
         shutil.rmtree(folder, ignore_errors=True)
         golden = tiny.golden(recipe, tiny.write(recipe, folder))
@@ -48,4 +48,6 @@ def write() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # one order of addition, so that the files can be reproduced
-    search() if "--search" in sys.argv else write()
+    names = [name for name in sys.argv[1:] if name != "--search"]
+    chosen = [recipe for recipe in tiny.RECIPES if not names or recipe.name in names]
+    search(chosen) if "--search" in sys.argv else write(chosen)

@@ -104,9 +104,9 @@ RECIPES = (
         "mlx", seed=35, bits={"mlp.gate": 8, "mlp.shared_expert_gate": 8, "lm_head": 6, "layers.2.self_attn.v_proj": 8},
     ),
     Recipe(
-        "qwen3-bf16-single",
+        "qwen3-f16-single",
         qwen3_text(3, hidden_size=104, moe_intermediate_size=40, intermediate_size=152),
-        "single", seed=39,
+        "single", torch.float16, seed=23,
     ),
     Recipe(
         "qwen3-mlx4",

@@ -15,7 +15,7 @@ from moestream.models.registry import parse_config
 
 HYBRID = json.loads((FOLDER / "qwen3_5-bf16-fused" / "config.json").read_text())
 FLAT = json.loads((FOLDER / "qwen3_5-f32-single" / "config.json").read_text())
-PLAIN = json.loads((FOLDER / "qwen3-bf16-single" / "config.json").read_text())
+PLAIN = json.loads((FOLDER / "qwen3-f16-single" / "config.json").read_text())
 
 ATTENTION, DELTA_NET, DENSE = (
     LayerPlan("attention", "moe"),

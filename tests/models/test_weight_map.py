@@ -51,7 +51,7 @@ def test_every_shape_is_checked(tiny: Golden) -> None:
     "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.gate.e_score_correction_bias"]
 )
 def test_unexpected_tensors_are_warned_of(name: str) -> None:
-    checkpoint = golden("qwen3-bf16-single").checkpoint
+    checkpoint = golden("qwen3-f16-single").checkpoint
     extra = dataclasses.replace(next(iter(checkpoint.tensors.values())), name=name)
     with pytest.warns(UserWarning, match=name):
         mapped(with_tensors(checkpoint, {**checkpoint.tensors, name: extra}))
@@ -60,7 +60,7 @@ def test_unexpected_tensors_are_warned_of(name: str) -> None:
 def test_norm_convention_follows_the_convolution() -> None:
     assert mapped(golden("qwen3_5-bf16-fused").checkpoint).norm_offset == 1.0
     assert mapped(golden("qwen3_5-mlx4").checkpoint).norm_offset == 0.0
-    assert mapped(golden("qwen3-bf16-single").checkpoint).norm_offset == 0.0
+    assert mapped(golden("qwen3-f16-single").checkpoint).norm_offset == 0.0
 
 
 def test_dense_bytes_exclude_routed_experts(tiny: Golden) -> None:
