@@ -24,7 +24,7 @@ class RunConfig:
     threads: int | None = None
     """Compute threads; None: from CPU affinity and the cgroup quota."""
     cache: CacheMode = "arena"
-    """``arena``: direct reads into slots kept by LFRU. ``page``: buffered reads, trust the OS. ``none``: keep nothing."""
+    """``arena``: direct reads into slots kept by LFRU. ``page``: buffered, trust the OS. ``none``: keep nothing."""
     exact: bool = False
     """Float32 activations and KV cache instead of int8 and float16."""
     active_experts: int | None = None
