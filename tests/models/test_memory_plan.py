@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 from golden_models import Golden, golden
@@ -55,3 +57,34 @@ def test_a_token_touches_k_experts_of_each_layer(tiny: Golden) -> None:
     one = sum(table.layout.nbytes for table in map_weights(tiny.checkpoint, config, names).experts.values())
     assert planned(tiny, RunConfig()).token_nbytes == 3 * one
     assert planned(tiny, RunConfig(active_experts=1)).token_nbytes == one
+
+
+BUSY = """
+import sys
+from pathlib import Path
+from moestream.config import RunConfig
+from moestream.engine.load import load_runtime
+from moestream.engine.sampling import SamplingParams
+from moestream.system import peak_rss, rss
+
+settings = {"context": 3000, "max_batch": 6, "prefill_chunk": 256, "backend": sys.argv[2]}
+runtime = load_runtime(Path(sys.argv[1]), RunConfig(ram=rss() + 160_000_000, **settings))
+params = SamplingParams(max_tokens=4, ignore_eos=True)
+requests = [runtime.engine.add([7] * n, params) for n in (2500, 900, 900, 300, 3)]
+while not runtime.engine.idle:
+    runtime.engine.step()
+assert all(len(request.tokens) == 4 for request in requests)
+print(peak_rss(), runtime.plan.total)
+runtime.close()
+"""
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.filterwarnings("ignore:slow fallback")
+def test_a_busy_process_stays_within_its_plan(backend: str) -> None:
+    folder = golden("qwen3_5-mlx4").folder
+    result = subprocess.run(
+        [sys.executable, "-c", BUSY, str(folder), backend], capture_output=True, text=True, check=True, timeout=120
+    )
+    peak, planned_total = map(int, result.stdout.split())
+    assert peak <= planned_total
