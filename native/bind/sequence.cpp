@@ -147,7 +147,7 @@ void bind_delta_net(const In& u, const In& z, const In& b, const In& a, const In
     const int64_t tokens = rows_of(u, "u"), channels = 2 * key_heads * key_dim + value_heads * value_dim;
     rows_of(conv, "conv");
     const int64_t width = static_cast<int64_t>(conv.shape(1));
-    require(width > 0, "conv must have at least one column");
+    require(width > 0 && width <= kMaxConvWidth, "conv must have 1 to 16 columns");
     expect(u, "u", {tokens, channels});
     expect(z, "z", {tokens, value_heads * value_dim});
     expect(b, "b", {tokens, value_heads});

@@ -7,7 +7,7 @@ namespace moestream {
 namespace {
 
 using Vec = float __attribute__((vector_size(32)));
-using IntVec = int32_t __attribute__((vector_size(32)));
+using IntVec = uint32_t __attribute__((vector_size(32)));
 
 constexpr int kLanes = 8;
 constexpr int kTileRows = 6;  // 6 x 2 accumulators leave 4 of the 16 registers
@@ -27,6 +27,7 @@ inline void store_half(uint16_t* p, Vec v) {
 inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec minimum(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 inline float sum(Vec v) {
     __m128 x = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1);

@@ -13,7 +13,7 @@ namespace moestream {
 namespace {
 
 using Vec = float __attribute__((vector_size(64)));
-using IntVec = int32_t __attribute__((vector_size(64)));
+using IntVec = uint32_t __attribute__((vector_size(64)));
 
 constexpr int kLanes = 16;
 constexpr int kTileRows = 8;  // 8 x 2 accumulators: 10 loads for 16 fused multiply-adds
@@ -33,6 +33,7 @@ inline void store_half(uint16_t* p, Vec v) {
 inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }

@@ -57,11 +57,31 @@ inline float* row_of(const AttentionArgs& args, int64_t kv_head, int64_t row) {
     return args.out + (row / group * args.heads + kv_head * group + row % group) * args.head_dim;
 }
 
+// Asks for the memory that is needed next, a little at each step of the work before it: values are read in columns,
+// which the hardware does not foresee.
+struct Ahead {
+    const char* next;
+    const char* end;
+    int64_t lines;  // per step
+
+    template <class T>
+    Ahead(const T* memory, int64_t count, int64_t steps)
+        : next(reinterpret_cast<const char*>(memory)),
+          end(reinterpret_cast<const char*>(memory + count)),
+          lines((end - next) / (64 * steps) + 1) {}
+
+    void step() {
+        for (int64_t i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+    }
+};
+
 // Scores of Rows queries against `count` keys: dot products of whole rows, kDots at a time.
 template <int Rows, class T>
-inline void score_rows(const float* q, int64_t ldq, const T* keys, int64_t count, int64_t dim, float* scores) {
+inline void score_rows(const float* q, int64_t ldq, const T* keys, int64_t count, int64_t dim, float* scores,
+                       Ahead& ahead) {
     constexpr int Keys = kDots / Rows;
     for (int64_t l = 0; l < count; l += Keys) {
+        ahead.step();
         const T* key[Keys];
         for (int j = 0; j < Keys; ++j) key[j] = keys + least(l + j, count - 1) * dim;  // past the end: the last again
         Vec acc[kDots];
@@ -79,17 +99,16 @@ inline void score_rows(const float* q, int64_t ldq, const T* keys, int64_t count
         if (d < dim) step([&](const T* row) { return load_part(row + d, dim - d); });
         float dots[kDots];
         for (int i = 0; i < kDots; i += kLanes) store(dots + i, sums(acc + i));
-        for (int m = 0; m < Rows; ++m)
-            std::memcpy(scores + m * kKeyBlock + l, dots + m * Keys, least(Keys, count - l) * sizeof(float));
+        for (int m = 0; m < Rows; ++m) std::memcpy(scores + m * kKeyBlock + l, dots + m * Keys, Keys * sizeof(float));
     }
 }
 
 template <int Rows, class T>
 inline void score_all(int64_t rows, const float* q, int64_t ldq, const T* keys, int64_t count, int64_t dim,
-                      float* scores) {
+                      float* scores, Ahead& ahead) {
     for (; rows >= Rows; rows -= Rows, q += Rows * ldq, scores += Rows * kKeyBlock)
-        score_rows<Rows>(q, ldq, keys, count, dim, scores);
-    if constexpr (Rows > 1) score_all<Rows / 2>(rows, q, ldq, keys, count, dim, scores);
+        score_rows<Rows>(q, ldq, keys, count, dim, scores, ahead);
+    if constexpr (Rows > 1) score_all<Rows / 2>(rows, q, ldq, keys, count, dim, scores, ahead);
 }
 
 // O [Rows, Cols * kLanes] = diag(alpha) O + P V for a block of keys read in place; the last columns of a row whose
@@ -115,22 +134,24 @@ inline void weigh_tile(const float* p, const T* values, int64_t count, int64_t d
 
 template <int Rows, int Cols, class T>
 inline void weigh_rows(const float* p, const T* values, int64_t count, int64_t dim, int64_t d, float* out, int64_t ldo,
-                       const float* alpha) {
-    for (; d + Cols * kLanes <= dim; d += Cols * kLanes)
+                       const float* alpha, Ahead& ahead) {
+    for (; d + Cols * kLanes <= dim; d += Cols * kLanes) {
+        ahead.step();
         weigh_tile<Rows, Cols, true>(p, values + d, count, dim, 0, out + d, ldo, alpha);
+    }
     if constexpr (Cols > 1)
-        weigh_rows<Rows, Cols / 2>(p, values, count, dim, d, out, ldo, alpha);
+        weigh_rows<Rows, Cols / 2>(p, values, count, dim, d, out, ldo, alpha, ahead);
     else if (d < dim)
         weigh_tile<Rows, 1, false>(p, values + d, count, dim, dim - d, out + d, ldo, alpha);
 }
 
 template <int Rows, class T>
 inline void weigh_all(int64_t rows, const float* p, const T* values, int64_t count, int64_t dim, float* out,
-                      int64_t ldo, const float* alpha) {
+                      int64_t ldo, const float* alpha, Ahead& ahead) {
     constexpr int Cols = 2 * kValueRows / Rows < 8 ? 2 * kValueRows / Rows : 8;
     for (; rows >= Rows; rows -= Rows, p += Rows * kKeyBlock, out += Rows * ldo, alpha += Rows)
-        weigh_rows<Rows, Cols>(p, values, count, dim, 0, out, ldo, alpha);
-    if constexpr (Rows > 1) weigh_all<Rows / 2>(rows, p, values, count, dim, out, ldo, alpha);
+        weigh_rows<Rows, Cols>(p, values, count, dim, 0, out, ldo, alpha, ahead);
+    if constexpr (Rows > 1) weigh_all<Rows / 2>(rows, p, values, count, dim, out, ldo, alpha, ahead);
 }
 
 // One row of a key block: scores become exp(score - maximum), 0 from `visible` to `count`. Updates the row's maximum
@@ -177,26 +198,34 @@ void partial_of(const AttentionArgs& args, const AttentionUnit& unit, float* scr
     }
     const int64_t end = least(unit.key1, args.past + (unit.row1 - 1) / group + 1);
     for (int64_t first = unit.key0; first < end; first += kKeyBlock) {
-        const int64_t count = least(kKeyBlock, end - first);
+        const int64_t count = least(kKeyBlock, end - first), following = least(kKeyBlock, end - first - count);
         const T *block = keys + first * dim, *value_block = values + first * dim;
+        const T* next_block = block + count * dim;
         if (few) {
-            score_all<4>(rows, q, wide, block, count, dim, scores);
+            Ahead ahead(value_block, count * dim, (rows + 3) / 4 * (count * 4 / kDots + 1));
+            score_all<4>(rows, q, wide, block, count, dim, scores, ahead);
         } else {
             pack_transposed(block, count, dim, dim, packed);
             for (int64_t c = 0; c < count; c += kStrip)
                 multiply(rows, dim, {q, wide, 1}, packed + c * dim, scores + c, kKeyBlock, nullptr);
         }
+        Ahead ahead_of_pack(value_block, few ? 0 : count * dim, rows);
         for (int64_t r = 0; r < rows; ++r) {
+            ahead_of_pack.step();
             const int64_t visible = args.past + (unit.row0 + r) / group + 1 - first;
             alpha[r] =
                 soften(scores + r * kKeyBlock, visible < 0 ? 0 : least(visible, count), count, high[r], total[r]);
         }
         if (few) {
-            weigh_all<kValueRows>(rows, scores, value_block, count, dim, out, wide, alpha);
+            Ahead ahead(next_block, following * dim, (rows * dim) / (2 * kValueRows * kLanes) + 1);
+            weigh_all<kValueRows>(rows, scores, value_block, count, dim, out, wide, alpha, ahead);
         } else {
             pack(value_block, count, dim, dim, packed);
-            for (int64_t c = 0; c < dim; c += kStrip)
+            Ahead ahead(next_block, following * dim, wide / kStrip);
+            for (int64_t c = 0; c < dim; c += kStrip) {
+                ahead.step();
                 multiply(rows, count, {scores, kKeyBlock, 1}, packed + c * count, out + c * rows, kStrip, alpha);
+            }
         }
     }
     for (int64_t r = 0; r < rows; ++r)

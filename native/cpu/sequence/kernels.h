@@ -8,12 +8,13 @@
 
 namespace moestream {
 
-constexpr int64_t kRowBlock = 64;    // query rows of one attention unit; a row is (token, query head of the group)
+constexpr int64_t kRowBlock = 96;    // query rows of one attention unit; a row is (token, query head of the group)
 constexpr int64_t kKeyBlock = 64;    // keys scored at a time
-constexpr int64_t kChunk = 64;       // tokens of one delta-net chunk
+constexpr int64_t kChunk = 32;       // tokens of one delta-net chunk
 constexpr int64_t kSegment = 128;    // tokens between two barriers of the delta-net
 constexpr int64_t kMaxPadding = 64;  // every tier pads rows to a divisor of this many floats
 constexpr int64_t kMaxHeadDim = 1024;
+constexpr int64_t kMaxConvWidth = 16;
 
 constexpr int64_t padded(int64_t n) { return (n + kMaxPadding - 1) / kMaxPadding * kMaxPadding; }
 

@@ -7,7 +7,7 @@ namespace moestream {
 namespace {
 
 using Vec = float32x4_t;
-using IntVec = int32x4_t;
+using IntVec = uint32x4_t;
 
 constexpr int kLanes = 4;
 constexpr int kTileRows = 6;  // 6 x 4 accumulators leave 8 of the 32 registers
@@ -23,6 +23,7 @@ inline void store_half(uint16_t* p, Vec v) { vst1_u16(p, vreinterpret_u16_f16(vc
 inline Vec broadcast(float x) { return vdupq_n_f32(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 inline Vec maximum(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+inline Vec minimum(Vec a, Vec b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 inline bool any_greater(Vec a, Vec b) { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
 inline float sum(Vec v) { return vaddvq_f32(v); }
 inline float largest(Vec v) { return vmaxnmvq_f32(v); }

@@ -7,7 +7,7 @@ namespace moestream {
 namespace {
 
 using Vec = float __attribute__((vector_size(16)));
-using IntVec = int32_t __attribute__((vector_size(16)));
+using IntVec = uint32_t __attribute__((vector_size(16)));
 
 constexpr int kLanes = 4;
 constexpr int kTileRows = 4;
@@ -67,8 +67,9 @@ inline void store_half(uint16_t* p, Vec v) {
 inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 inline bool any_greater(Vec a, Vec b) {
-    const IntVec m = a > b;
+    const IntVec m = (IntVec)(a > b);
     return (m[0] | m[1] | m[2] | m[3]) != 0;
 }
 inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }

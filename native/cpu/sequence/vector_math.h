@@ -45,14 +45,15 @@ inline void store_row(T* row, int64_t i, int64_t n, Vec v) {
 
 inline Vec zero() { return broadcast(0.0f); }
 
-// e^x: x = n ln 2 + r, a polynomial of degree 6 in r (Cephes), relative error below 2e-7. Exactly 0 below -87.3,
-// finite at most 1.7e38; NaN stays NaN.
+// e^x = 2^n e^r with n = round(x / ln 2) and a polynomial of degree 6 in r (Cephes); relative error below 2e-7. Exactly
+// 0 below -87.7, never above 1.7e38; NaN stays NaN (the bounds come first because maximum and minimum return their
+// second argument when either is NaN).
 inline Vec exponential(Vec x) {
-    const Vec low = broadcast(-87.3f), high = broadcast(88.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23
-    const Vec shifted = fma(x > high ? high : x, broadcast(1.44269504f), magic);
+    const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    x = maximum(broadcast(-88.0f), minimum(broadcast(88.0f), x));
+    const Vec shifted = fma(x, broadcast(1.44269504f), magic);
     const Vec n = shifted - magic;
-    Vec r = fma(n, broadcast(-0.693359375f), x > high ? high : x);
-    r = fma(n, broadcast(2.12194440e-4f), r);
+    const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
     Vec p = broadcast(1.9875691500e-4f);
     p = fma(p, r, broadcast(1.3981999507e-3f));
     p = fma(p, r, broadcast(8.3334519073e-3f));
@@ -60,10 +61,8 @@ inline Vec exponential(Vec x) {
     p = fma(p, r, broadcast(1.6666665459e-1f));
     p = fma(p, r, broadcast(5.0000001201e-1f));
     p = fma(p, r * r, r) + broadcast(1.0f);
-    const IntVec scaled = (IntVec)p + ((IntVec)shifted << 23);
-    const Vec result = (Vec)scaled;
-    const Vec kept = x < low ? zero() : result;
-    return x == x ? kept : x;
+    const IntVec power = ((IntVec)shifted << 23) + (IntVec)broadcast(1.0f);  // n = -127 gives 0
+    return p * (Vec)power;
 }
 
 inline Vec sigmoid(Vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exponential(-x)); }
