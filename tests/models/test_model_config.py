@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from golden_models import FOLDER
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moestream.errors import ModelConfigError
 from moestream.models.config import LayerPlan
@@ -136,3 +139,29 @@ def test_unknown_model_types_list_the_supported_ones(model_type: object) -> None
         parse_config(changed(PLAIN, model_type=model_type))
     if model_type is not None:
         assert "qwen3_5_moe_text" in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([10**400, -0.0, 1e-320]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_theta", "type"]), inner),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("config", [HYBRID, PLAIN], ids=["hybrid", "plain"])
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_values_are_accepted_or_refused(config: dict[str, Any], data: st.DataObject) -> None:
+    names = sorted({*config.get("text_config", config), "text_config", "rope_theta", "rope_scaling", "rope_parameters"})
+    fields = data.draw(st.dictionaries(st.sampled_from(names), JSON, max_size=3))
+    mutated = copy.deepcopy(config)
+    mutated.get("text_config", mutated).update({n: v for n, v in fields.items() if n != "text_config"})
+    mutated.update({n: v for n, v in fields.items() if n == "text_config"})
+    with suppress(ModelConfigError):
+        parsed, _ = parse_config(mutated)
+        assert parsed.moe.active <= parsed.moe.experts

@@ -15,6 +15,7 @@ Mixer = Literal["attention", "delta_net"]
 Mlp = Literal["moe", "dense"]
 
 MAX_LAYERS = 4096
+MAX_INTEGER = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +122,14 @@ class Fields:
         return self._values[name] if name in self else default
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """An integer of at least ``least``."""
+        """An integer of at least ``least`` that fits 32 bits."""
         value = self._required(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(name, f"must be an integer, got {value!r}")
         if value < least:
             raise self.error(name, f"must be at least {least}, got {value}")
+        if value > MAX_INTEGER:
+            raise self.error(name, f"must be at most {MAX_INTEGER}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
