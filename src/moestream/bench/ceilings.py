@@ -77,6 +77,11 @@ def compute_rates(threads: int) -> ComputeRates:
     return ComputeRates(threads, memory, int8, fma)
 
 
+def mean_rates(a: ComputeRates, b: ComputeRates) -> ComputeRates:
+    """The mean of two probes with the same threads."""
+    return ComputeRates(a.threads, (a.memory + b.memory) / 2, (a.int8 + b.int8) / 2, (a.fma + b.fma) / 2)
+
+
 def probe_compute(threads: int) -> tuple[float, float, float]:
     """Bytes, int8 operations and float32 operations per second."""
     module = native()

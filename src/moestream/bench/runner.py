@@ -13,7 +13,7 @@ import numpy as np
 
 from moestream import system
 from moestream.bench import report
-from moestream.bench.ceilings import ComputeRates, DiskRates, compute_rates, disk_rates, native, probe_file
+from moestream.bench.ceilings import ComputeRates, DiskRates, compute_rates, disk_rates, mean_rates, native, probe_file
 from moestream.bench.demand import token_demand
 from moestream.bench.measure import Meter
 from moestream.checkpoint.index import open_checkpoint
@@ -120,7 +120,7 @@ def _measure(
     probed: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Prefill, warm-up and decode, judged by the mean of the disk's rate before and after."""
+    """Prefill, warm-up and decode, judged by the mean of the ceilings before and after."""
     demand = token_demand(runtime.config, weights, runtime.model.active_experts)
     expert = max((table.layout.nbytes for table in weights.experts.values()), default=0)
     meter = Meter(runtime)
@@ -129,12 +129,13 @@ def _measure(
     prefill = meter.prefill(settings.prompt_tokens)
     warmup = meter.warm_up(settings.warmup)
     decode = meter.decode(settings.new_tokens)
-    after = disk_rates(probed, DISK_SECONDS)
+    after, compute_after = disk_rates(probed, DISK_SECONDS), compute_rates(compute.threads)
     disk = (before.large + after.large) / 2
     drift = abs(after.large - before.large) / disk
+    compute = mean_rates(compute, compute_after)
     facts: dict[str, Any] = {
         "demand": asdict(demand),
-        "disk_8mb_after": after.large,
+        "ceilings_after": report.ceilings(after, compute_after),
         "disk_drift": drift,
         "prefill": report.prefill_facts(prefill, demand, expert, run.prefill_chunk, disk, compute, run.exact),
         "warmup": warmup,
@@ -144,7 +145,7 @@ def _measure(
         *report.phase_lines("prefill", facts["prefill"]),
         f"warm-up    {warmup} tokens, not counted",
         *report.phase_lines("decode", facts["decode"]),
-        f"disk       {after.large / report.GB:.2f} GB/s at 8 MB afterwards",
+        f"afterwards {after.large / report.GB:.2f} GB/s disk at 8 MB, {compute_after.memory / report.GB:.1f} memory",
     ]:
         say(line)
     if drift > DRIFT:
