@@ -24,7 +24,7 @@ GEOMETRIES = [
     (3, 1, 36, 0, False),
 ]
 # Tokens, tokens already cached: one and several rows and key blocks, one and several splits of the context.
-STEPS = [(1, 0), (1, 700), (2, 63), (17, 300), (64, 0), (65, 5), (150, 40)]
+STEPS = [(1, 0), (1, 700), (2, 63), (17, 250), (64, 0), (65, 5), (150, 40)]
 
 
 @pytest.fixture(params=_native.supported_isas(), autouse=True)

@@ -14,7 +14,7 @@ OPS, REFERENCE = SequenceOps(), ReferenceOps()
 
 # Key heads, value heads, key dim, value dim.
 GEOMETRIES = [(2, 2, 32, 64), (2, 4, 64, 32), (1, 4, 36, 20), (1, 2, 128, 128)]
-TOKENS = [1, 2, 17, 64, 65, 150]
+TOKENS = [1, 2, 3, 5, 17, 64, 65, 150]
 
 
 @pytest.fixture(params=_native.supported_isas(), autouse=True)

@@ -7,7 +7,7 @@ namespace moestream {
 namespace {
 
 // From this many tokens on, the chunked form is faster.
-constexpr int64_t kChunkedTokens = 16;
+constexpr int64_t kChunkedTokens = 4;
 
 }  // namespace
 

@@ -62,7 +62,7 @@ class SequenceOps:
     def delta_net(self, u: F32, z: F32, b: F32, a: F32, p: DeltaNetParams, state: DeltaState) -> F32:
         """Gated delta-net of one sequence, which moves ``state`` on; see ``Ops.delta_net``.
 
-        Few tokens run one by one, 16 and more in chunks; the two agree to float32 rounding.
+        One to three tokens run one by one, more in chunks; the two agree to float32 rounding.
 
         Raises:
             ValueError: a shape does not fit ``p``.
