@@ -69,7 +69,7 @@ def test_bench_errors(run, args, status, message):
 
 
 def test_demand_counts_what_a_token_touches():
-    checkpoint = open_checkpoint(FOLDER / "qwen3-bf16-single")
+    checkpoint = open_checkpoint(FOLDER / "qwen3-f16-single")
     config, names = parse_config(checkpoint.config)
     weights = map_weights(checkpoint, config, names)
     demand = token_demand(config, weights, active=2)

@@ -138,7 +138,7 @@ def test_inspect_names_what_matters(run):
 
 
 def test_inspect_counts_bytes(run):
-    facts = json.loads(run("inspect", FOLDER / "qwen3-bf16-single", "--json").stdout)
+    facts = json.loads(run("inspect", FOLDER / "qwen3-f16-single", "--json").stdout)
     assert facts["expert_bytes"] == 3 * 40 * 104 * 2
     assert facts["expert_bytes_per_token"] == 2 * facts["experts_per_token"] * facts["expert_bytes"]
     assert facts["experts_bytes"] == 2 * 7 * facts["expert_bytes"]

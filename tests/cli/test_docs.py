@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:slow fallback")  # of an install without a compiler
 @pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
 def test_python_blocks_run(page, model, capsys):
     code = "\n".join(BLOCK.findall((ROOT / page).read_text()))

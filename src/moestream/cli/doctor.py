@@ -67,8 +67,8 @@ def examine(folder: Path, probe: bool) -> dict[str, Any]:
     }
     try:
         module = native()
-    except BackendError as error:
-        facts["backends"] = _backends(f"slow fallback: {error}")
+    except BackendError:
+        facts["backends"] = _backends("slow fallback: the native kernels are not installed")
         facts["fix"] = INSTALL
         return facts
     facts["cpu"] |= {"isa": module.active_isa(), "isa_supported": list(module.supported_isas())}
