@@ -1,12 +1,15 @@
 """The library from text to text, on tiny real checkpoints streamed from disk."""
 
+import contextlib
 import errno
 import importlib.util
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -77,7 +80,7 @@ def fresh(stream):
     return "".join(d.text for d in deltas), deltas
 
 
-@pytest.mark.parametrize("name", ["qwen3-bf16-single", "qwen3_5-bf16-fused", NAME])
+@pytest.mark.parametrize("name", ["qwen3-f16-single", "qwen3_5-bf16-fused", NAME])
 @pytest.mark.parametrize("cache", ["arena", "page", "none"])
 def test_streamed_batch_equals_transformers(name, cache):
     tiny = golden(name)
@@ -214,6 +217,28 @@ def test_interrupt_leaves_the_model_usable(llm):
         llm.runtime.model.observe = None
     assert llm.runtime.engine.idle
     assert llm.generate("abc", GREEDILY).text == expected
+
+
+@pytest.mark.parametrize("cache", ["arena", "none"])
+def test_interrupts_at_any_moment_leave_the_model_usable(folder, cache):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    moments = np.random.default_rng(0).uniform(0.0005, 0.01, 12)
+    try:
+        with load(folder, cache=cache, ram="500MB") as llm:
+            expected = llm.generate("Once upon", GREEDILY).token_ids
+            for moment in moments:
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, moment)
+                    list(llm.stream("Once upon", GREEDILY, max_tokens=100))
+                    time.sleep(moment)
+                assert llm.runtime.engine.idle
+                assert llm.generate("Once upon", GREEDILY).token_ids == expected
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_cancel_ends_replies_with_what_they_have(llm):

@@ -257,6 +257,19 @@ def test_interrupt_cancels_the_step_and_leaves_the_engine_usable(where):
     assert again.tokens == alone([1], GREEDY)
 
 
+def test_expert_source_is_recovered_before_the_step_after_a_failure():
+    recovered = []
+    engine, model = make(recover=lambda: recovered.append(len(model.steps)))
+    model.before = lambda batch: 1 / 0
+    engine.add([1], GREEDY)
+    engine.step()
+    assert recovered == []
+    model.before = lambda batch: None
+    engine.add([1], GREEDY)
+    drain(engine)
+    assert recovered == [0]
+
+
 def test_logits_of_every_token_in_sweeps():
     engine, model = make(prefill_chunk=4)
     logits = engine.logits(np.arange(10))

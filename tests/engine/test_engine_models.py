@@ -10,7 +10,7 @@ from moestream.errors import ReadError
 from moestream.models.registry import parse_config
 from moestream.models.weights import map_weights
 
-pytestmark = pytest.mark.parametrize("tiny", ["qwen3-bf16-single", "qwen3_5-f32-single"], indirect=True)
+pytestmark = pytest.mark.parametrize("tiny", ["qwen3-f16-single", "qwen3_5-f32-single"], indirect=True)
 PARAMS = SamplingParams(temperature=0, max_tokens=GREEDY, ignore_eos=True)
 
 

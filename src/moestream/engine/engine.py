@@ -63,6 +63,7 @@ class Engine:
         max_batch: int = 8,
         prefill_chunk: int = 512,
         counters: Callable[[], IoCounters] = IoCounters,
+        recover: Callable[[], None] = lambda: None,
     ) -> None:
         """Make an engine.
 
@@ -74,6 +75,7 @@ class Engine:
             max_batch: Sequences that hold states at a time.
             prefill_chunk: Prompt tokens of a step.
             counters: The expert store's counters, read before and after each step.
+            recover: Called before the next step after an exception left the model's expert source half way.
         """
         self.context = context
         self._model = model
@@ -82,6 +84,8 @@ class Engine:
         self._prefill_chunk = prefill_chunk
         self._scheduler = Scheduler(max_batch, prefill_chunk)
         self._counters = counters
+        self._recover = recover
+        self._half_way = False
         self._ids = itertools.count()
 
     @property
@@ -138,7 +142,7 @@ class Engine:
         for start in range(0, len(tokens), self._prefill_chunk):
             chunk = slice(start, start + self._prefill_chunk)
             batch = Batch.of([(tokens[chunk], states)], all_logits=True)
-            result[chunk] = self._model.forward(batch)
+            result[chunk] = self._forward(batch)
             if batch.failures:
                 raise batch.failures[0][1]
         return result
@@ -147,6 +151,11 @@ class Engine:
         """End a sequence now; ``"stop"`` when its text reached a stop string. No effect after its end."""
         if not sequence.finished:
             self._finish(sequence, reason)
+
+    def abort_all(self) -> None:
+        """End every sequence now."""
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+            self.abort(sequence)
 
     def step(self) -> list[TokenEvent]:
         """Run one step over all that is due.
@@ -164,7 +173,7 @@ class Engine:
         try:
             batch, sampled = self._batch(chunks)
             before = self._counters()
-            logits = self._model.forward(batch)
+            logits = self._forward(batch)
             self._account(chunks, self._counters() - before)
             return self._postprocess(chunks, batch, sampled, logits)
         except Exception as error:
@@ -173,6 +182,14 @@ class Engine:
             for sequence, _ in chunks:
                 self.abort(sequence)
             raise
+
+    def _forward(self, batch: Batch) -> F32:
+        if self._half_way:
+            self._recover()
+        self._half_way = True  # stays so when forward raises, and when a second Ctrl-C ends the recovery
+        logits = self._model.forward(batch)
+        self._half_way = False
+        return logits
 
     def _batch(self, chunks: list[tuple[Sequence, int]]) -> tuple[Batch, list[Sequence]]:
         """The batch of a step, and the sequences that sample from its logits rows, in their order."""

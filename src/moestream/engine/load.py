@@ -62,6 +62,7 @@ class Runtime:
 
     def close(self) -> None:
         """Give back slots, files and threads."""
+        self.store.reset()  # an interrupted step may have left reads under way
         self.store.close()
         self.reader.close()
 
@@ -107,6 +108,7 @@ def load_runtime(
         max_batch=run.max_batch,
         prefill_chunk=run.prefill_chunk,
         counters=lambda: _counters(store),
+        recover=store.reset,
     )
     setup = Setup(
         backend=ops.name,

@@ -131,7 +131,8 @@ class ExpertStore:
         self._open(files, direct=mode != "page")
         self.arena = Arena(slots, max((p.slot_nbytes for p in self._plans if p is not None), default=BLOCK))
         reader.attach(self.arena.memory)
-        self.policy = self._make_policy(slots, layer_of_key)
+        self._layer_of_key = layer_of_key
+        self.policy = self._make_policy()
         self._next_ticket = 0
         self._active: ExpertStream | None = None
         self._hits = self._misses = self._failed = 0
@@ -148,11 +149,12 @@ class ExpertStore:
             plan.rows[:, :, FILE] = ids[plan.rows[:, :, FILE]]
         self._files: list[int] = ids[used].tolist()
 
-    def _make_policy(self, slots: int, layer_of_key: list[int]) -> LFRU:
+    def _make_policy(self) -> LFRU:
+        slots = self.arena.slots
         if self.mode != "arena":
-            return LRU(slots, layer_of_key, reserve=slots)
-        everything_fits = slots >= len(layer_of_key)
-        return LFRU(slots, layer_of_key, reserve=0 if everything_fits else min(LANDING_SLOTS, slots // 4))
+            return LRU(slots, self._layer_of_key, reserve=slots)
+        everything_fits = slots >= len(self._layer_of_key)
+        return LFRU(slots, self._layer_of_key, reserve=0 if everything_fits else min(LANDING_SLOTS, slots // 4))
 
     def stream(self, layer: int, ids: I32) -> ExpertStream:
         """Submit every read that the layer needs, as far as slots allow; iterate the result for the waves.
@@ -176,6 +178,14 @@ class ExpertStore:
     def direct(self) -> bool:
         """Whether every file is read past the page cache; False in mode ``page`` or where the file system refuses."""
         return all(self.reader.is_direct(file) for file in self._files)
+
+    def reset(self) -> None:
+        """Forget what is in the slots, after an exception (Ctrl-C) may have left a stream anywhere in the middle."""
+        self._active = None
+        while self.reader.outstanding():
+            self.reader.wait(1, _POLL_SECONDS)
+        self.reader.wait(0, 0.0)  # reports nobody waits for any more
+        self.policy = self._make_policy()
 
     def stats(self) -> StoreStats:
         """A snapshot; subtract an earlier one."""
@@ -251,6 +261,8 @@ class ExpertStream:
                     self._finish()
                     raise StopIteration
                 self._submit_pending(force=True)
+                if not self._in_flight:
+                    raise RuntimeError("every slot is in use by a stream that never ended: the store must be reset")
             self._wait()
         self._current, self._ready = sorted(self._ready), []
         return self._wave(self._current)

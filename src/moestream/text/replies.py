@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from moestream.engine.engine import Engine, Ids, TokenEvent
@@ -103,8 +104,9 @@ class Replies:
             self._engine.check(ids)
         replies: list[_Reply] = []
         try:
-            replies += [self._submit(ids, params) for ids in prompts]
-            return [self._finished(reply) for reply in replies]
+            with self._interruptible():
+                replies += [self._submit(ids, params) for ids in prompts]
+                return [self._finished(reply) for reply in replies]
         finally:
             for reply in replies:
                 self._release(reply)
@@ -120,17 +122,31 @@ class Replies:
         return self._stream(ids, params)
 
     def _stream(self, ids: Ids, params: SamplingParams) -> Iterator[Delta]:
-        reply = self._submit(ids, params)
+        with self._interruptible():
+            reply = self._submit(ids, params)
+            try:
+                while True:
+                    delta = self._next(reply)
+                    if delta.finish_reason == "error" and reply.sequence.error is not None:
+                        raise reply.sequence.error
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+            finally:
+                self._release(reply)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """On Ctrl-C cancel every request: wherever it struck, some of them may have lost a token or a place."""
         try:
-            while True:
-                delta = self._next(reply)
-                if delta.finish_reason == "error" and reply.sequence.error is not None:
-                    raise reply.sequence.error
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-        finally:
-            self._release(reply)
+            yield
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException:
+            with self.lock:
+                self._abort_all()
+                self._end_finished()
+            raise
 
     def _finished(self, reply: _Reply) -> Completion:
         text: list[str] = []
@@ -173,23 +189,23 @@ class Replies:
                     return reply.pending.popleft()
                 if reply.sequence.finished:
                     raise RequestError("the request was cancelled: the model has been closed")
-                try:
-                    if self._cancel:
-                        self._abort_all()
-                    for event in self._engine.step():
-                        self._deliver(event)
-                except BaseException:  # Ctrl-C: what the step did may not have reached every reply
+                if self._cancel:
                     self._abort_all()
-                    raise
-                finally:  # aborted sequences end without an event
-                    for other in self._open.values():
-                        if other.sequence.finished and not other.ended:
-                            self._end(other, "", ())
+                for event in self._engine.step():
+                    self._deliver(event)
+                self._end_finished()
 
     def _abort_all(self) -> None:
         self._cancel = False
+        self._engine.abort_all()
         for reply in self._open.values():
             self._engine.abort(reply.sequence)
+
+    def _end_finished(self) -> None:
+        """Queue the last delta of replies that ended without an event."""
+        for reply in self._open.values():
+            if reply.sequence.finished and not reply.ended:
+                self._end(reply, "", ())
 
     def _deliver(self, event: TokenEvent) -> None:
         """Turn what the engine did for one sequence into a delta of its reply."""
