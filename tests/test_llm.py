@@ -352,12 +352,24 @@ def test_wrong_settings_are_named(folder, arguments, message):
         load(folder, **arguments)
 
 
-def test_what_is_not_a_model_folder(tmp_path):
-    with pytest.raises(CheckpointError, match=r"hf download Qwen/Qwen3\.5-35B-A3B --local-dir Qwen3\.5-35B-A3B"):
+def test_what_is_not_a_model_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"hf download Qwen/Qwen3\.5-35B-A3B$"):
         LLM.load("Qwen/Qwen3.5-35B-A3B")
-    for wrong in (tmp_path / "nothing", "./nothing/here", tmp_path):
+    for wrong in (tmp_path / "nothing", "./nothing/here", "../nothing", "a/b/c", tmp_path, ""):
         with pytest.raises(CheckpointError):
             LLM.load(wrong)
+
+
+def test_downloaded_model_is_found_by_its_id(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshots = tmp_path / "models--some--tiny" / "snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / "abc123").symlink_to(folder)
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "main").write_text("abc123\n")
+    with load("some/tiny") as llm:
+        assert llm.runtime.folder == snapshots / "abc123"
 
 
 def test_wrong_requests(llm):

@@ -9,6 +9,8 @@ with LLM.load("path/to/model", ram="8GB") as llm:
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -94,7 +96,7 @@ class LLM:
         """Load a model folder; nothing large is allocated before the memory plan fits.
 
         Args:
-            model: A folder, or ``"demo"`` for the model in this package.
+            model: A folder, the id of a model that ``hf download`` has fetched, or ``"demo"``.
             ram: Memory of the whole process, ``"8GB"`` or bytes; None: from free memory and the cgroup limit.
             threads: Compute threads; None: from CPU affinity and the cgroup quota.
             cache: ``arena``, ``page`` or ``none``; see ``RunConfig``.
@@ -344,7 +346,10 @@ def _in_thought(rendered: str) -> bool:
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder of a model: a path, or ``"demo"`` for the one in the package.
+    """The folder of a model.
+
+    Args:
+        model: ``"demo"`` for the one in the package, a folder, or the id of a model in the Hugging Face cache.
 
     Raises:
         CheckpointError: there is no such folder; says how to get it.
@@ -358,13 +363,24 @@ def find_model(model: str | Path) -> Path:
     if folder.is_dir():
         return folder
     name = str(model)
-    parts = name.split("/")
-    if len(parts) == 2 and all(parts) and not folder.exists() and not name.startswith((".", "~")):
-        raise CheckpointError(
-            f"{name} is not a folder here. If it is a model of the Hugging Face hub, download it first:\n"
-            f"  hf download {name} --local-dir {parts[1]}\nand give the folder: {parts[1]}"
-        )
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not folder.exists():
+        cached = _cached_model(name)
+        if cached is None:
+            raise CheckpointError(f"{name} is neither a folder nor downloaded; get it with: hf download {name}")
+        return cached
     raise CheckpointError(f"{folder} is not a model folder (config.json and *.safetensors files)")
+
+
+def _cached_model(name: str) -> Path | None:
+    """The snapshot of a model that ``hf download`` has put into its cache."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    root = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    repository = root / f"models--{name.replace('/', '--')}"
+    try:
+        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    return snapshot if snapshot.is_dir() else None
 
 
 def recommended_params(folder: Path) -> SamplingParams:
