@@ -3,6 +3,8 @@
 //
 // Shape letters: T tokens, Hq/Hkv query/KV heads, G = Hq / Hkv, D head dim, R rotary dims, Hk/Hv delta-net key/value
 // heads, Dk/Dv their dims, C = 2 * Hk * Dk + Hv * Dv conv channels, W conv width.
+//
+// Functions here are always inlined: a copy emitted by one tier's file could run on a machine of a lower tier.
 #pragma once
 #include <cstdint>
 
@@ -16,7 +18,7 @@ constexpr int64_t kMaxPadding = 64;  // every tier pads rows to a divisor of thi
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kMaxConvWidth = 16;
 
-constexpr int64_t padded(int64_t n) { return (n + kMaxPadding - 1) / kMaxPadding * kMaxPadding; }
+[[gnu::always_inline]] constexpr int64_t padded(int64_t n) { return (n + kMaxPadding - 1) / kMaxPadding * kMaxPadding; }
 
 struct AttentionArgs {
     const float* q;       // [T, Hq * D * (2 if gated else 1)], rows per head [D query | D gate]
@@ -40,7 +42,7 @@ struct AttentionArgs {
     bool gated;
     bool half;
 
-    int64_t group() const { return heads / kv_heads; }
+    [[gnu::always_inline]] int64_t group() const { return heads / kv_heads; }
 };
 
 // Query rows [row0, row1) of one KV head against keys [key0, key1); row r is token r / G, head kv_head * G + r % G.
@@ -51,13 +53,15 @@ struct AttentionUnit {
     int64_t key0;
     int64_t key1;
 
-    int64_t rows() const { return row1 - row0; }
+    [[gnu::always_inline]] int64_t rows() const { return row1 - row0; }
 };
 
 // A unit's result: unnormalised outputs [rows, D], then each row's maximum score and sum of exponentials.
-constexpr int64_t partial_floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
+[[gnu::always_inline]] constexpr int64_t partial_floats(int64_t rows, int64_t head_dim) {
+    return rows * (head_dim + 2);
+}
 
-constexpr int64_t attention_scratch_floats(int64_t head_dim) {
+[[gnu::always_inline]] constexpr int64_t attention_scratch_floats(int64_t head_dim) {
     return (2 * kRowBlock + kKeyBlock) * padded(head_dim) + kRowBlock * kKeyBlock + kRowBlock;
 }
 
@@ -93,10 +97,10 @@ struct DeltaNetArgs {
     float* kk;    // [Hk, kSegment / kChunk, kChunk, kChunk], k k^T, lower triangle (chunked only)
     float* qk;    // same shape, q k^T
 
-    int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
+    [[gnu::always_inline]] int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
 };
 
-constexpr int64_t delta_scratch_floats(int64_t key_dim, int64_t value_dim, int64_t width) {
+[[gnu::always_inline]] constexpr int64_t delta_scratch_floats(int64_t key_dim, int64_t value_dim, int64_t width) {
     const int64_t prepare = width * (key_dim > value_dim ? key_dim : value_dim) + padded(key_dim) * kChunk;
     const int64_t head = (key_dim + 2 * kChunk) * padded(value_dim) + 2 * kChunk * kChunk + 8 * kChunk + key_dim;
     return prepare > head ? prepare : head;
