@@ -196,6 +196,28 @@ def test_a_stream_ended_early_does_not_look_complete(disk, reader, by):
     assert list(stream) == []
 
 
+@pytest.mark.parametrize("moment", ["submit", "wait"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_after_an_interrupt_and_a_reset_the_store_starts_afresh(disk, reader, monkeypatch, moment, slots):
+    store = make(disk, reader, slots)
+    ids = np.array([[0, 1, 2], [5, 1, 6]], np.int32)
+    real = getattr(reader, moment)
+
+    def interrupted(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in store.stream(0, ids):
+                pass
+    store.reset()
+    check_idle(store)
+    assert sorted(consume(disk, store.stream(0, ids), 0, ids)) == [0, 1, 2, 5, 6]
+    check_idle(store)
+
+
 def test_a_store_that_holds_everything_reads_each_expert_once(disk, reader):
     store = make(disk, reader, slots=3 * EXPERTS)
     ids = np.arange(EXPERTS, dtype=np.int32)[None]

@@ -181,7 +181,9 @@ class ExpertStore:
 
     def reset(self) -> None:
         """Forget what is in the slots, after an exception (Ctrl-C) may have left a stream anywhere in the middle."""
-        self._active = None
+        if self._active is not None:
+            self._active._abandoned = True
+            self._active = None
         while self.reader.outstanding():
             self.reader.wait(1, _POLL_SECONDS)
         self.reader.wait(0, 0.0)  # reports nobody waits for any more
