@@ -11,7 +11,7 @@ using VI = __m256i;
 using VB = __m256i;
 
 constexpr int kLanes = 8;
-constexpr int kVectorRows = 4;  // matrix rows a vector product works on at once
+constexpr int kVectorRows = 4;  // matrix rows a vector product with several activation rows works on at once
 constexpr int kTileRows = 4;    // activation rows a tile product works on at once
 
 // The first n lanes set, for masked loads and stores.
@@ -120,10 +120,13 @@ inline void expand(VB codes, VF* out) {
     out[3] = _mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 24));
 }
 
-// Lane l of step u belongs to group (u * kLanes + l) >> shift of the block whose groups are v's lanes.
-inline VF spread(VF v, int u, int shift) {
-    const __m256i index = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(u * kLanes));
-    return _mm256_permutevar8x32_ps(v, _mm256_srl_epi32(index, _mm_cvtsi32_si128(shift)));
+// Counts lanes over the steps of a block; lane l of step u belongs to group (u * kLanes + l) >> shift.
+using Counter = __m256i;
+inline Counter first_step() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+inline Counter next_step(Counter c) { return _mm256_add_epi32(c, _mm256_set1_epi32(kLanes)); }
+// Every lane's value of the block whose groups are v's lanes.
+inline VF spread(VF v, Counter c, int shift) {
+    return _mm256_permutevar8x32_ps(v, _mm256_srl_epi32(c, _mm_cvtsi32_si128(shift)));
 }
 
 inline void transpose_f(VF* v) {

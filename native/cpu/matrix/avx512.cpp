@@ -17,7 +17,7 @@ using VI = __m512i;
 using VB = __m512i;
 
 constexpr int kLanes = 16;
-constexpr int kVectorRows = 4;  // matrix rows a vector product works on at once
+constexpr int kVectorRows = 4;  // matrix rows a vector product with several activation rows works on at once
 constexpr int kTileRows = 8;    // activation rows a tile product works on at once
 
 inline __mmask16 first_lanes(int n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }
@@ -91,11 +91,13 @@ inline void expand(VB codes, VF* out) {
     out[3] = _mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 24));
 }
 
-// Lane l of step u belongs to group (u * kLanes + l) >> shift of the block whose groups are v's lanes.
-inline VF spread(VF v, int u, int shift) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(u * kLanes));
-    return _mm512_permutexvar_ps(_mm512_srl_epi32(index, _mm_cvtsi32_si128(shift)), v);
+// Counts lanes over the steps of a block; lane l of step u belongs to group (u * kLanes + l) >> shift.
+using Counter = __m512i;
+inline Counter first_step() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline Counter next_step(Counter c) { return _mm512_add_epi32(c, _mm512_set1_epi32(kLanes)); }
+// Every lane's value of the block whose groups are v's lanes.
+inline VF spread(VF v, Counter c, int shift) {
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(c, _mm_cvtsi32_si128(shift)), v);
 }
 
 inline void transpose_b(VB* v) {

@@ -11,7 +11,7 @@ using VI = int32x4_t;
 using VB = uint8x16_t;
 
 constexpr int kLanes = 4;
-constexpr int kVectorRows = 4;  // matrix rows a vector product works on at once
+constexpr int kVectorRows = 4;  // matrix rows a vector product with several activation rows works on at once
 constexpr int kTileRows = 8;    // activation rows a tile product works on at once
 
 inline VF zero_f() { return vdupq_n_f32(0); }
@@ -108,12 +108,16 @@ inline void expand(VB codes, VF* out) {
     out[3] = vcvtq_f32_u32(vshrq_n_u32(words, 24));
 }
 
-// Lane l of step u belongs to group (u * kLanes + l) >> shift of the block whose groups are v's lanes. A step is at
+// Counts lanes over the steps of a block; lane l of step u belongs to group (u * kLanes + l) >> shift. A step is at
 // most 32 columns here, so all its lanes belong to one group.
-inline VF spread(VF v, int u, int shift) {
+using Counter = int;
+inline Counter first_step() { return 0; }
+inline Counter next_step(Counter c) { return c + kLanes; }
+// Every lane's value of the block whose groups are v's lanes.
+inline VF spread(VF v, Counter c, int shift) {
     float lanes[kLanes];
     vst1q_f32(lanes, v);
-    return vdupq_n_f32(lanes[(u * kLanes) >> shift]);
+    return vdupq_n_f32(lanes[c >> shift]);
 }
 
 inline void transpose_f(VF* v) {

@@ -5,7 +5,7 @@ namespace moestream {
 namespace {
 
 constexpr int kLanes = 4;
-constexpr int kVectorRows = 4;
+constexpr int kVectorRows = 4;  // matrix rows a vector product with several activation rows works on at once
 constexpr int kTileRows = 4;
 
 struct VF {
@@ -158,8 +158,13 @@ inline void expand(VB codes, VF* out) {
     for (int m = 0; m < 4; ++m) out[m] = each([&](int l) { return static_cast<float>(codes.v[4 * l + m]); });
 }
 
-inline VF spread(VF v, int u, int shift) {
-    return each([&](int l) { return v.v[(u * kLanes + l) >> shift]; });
+// Counts lanes over the steps of a block; lane l of step u belongs to group (u * kLanes + l) >> shift.
+using Counter = int;
+inline Counter first_step() { return 0; }
+inline Counter next_step(Counter c) { return c + kLanes; }
+// Every lane's value of the block whose groups are v's lanes.
+inline VF spread(VF v, Counter c, int shift) {
+    return each([&](int l) { return v.v[(c + l) >> shift]; });
 }
 
 inline void transpose_b(VB* v) {

@@ -4,11 +4,13 @@
 //   sum_k (s q_k + b) x_k = s sum_k q_k x_k + b sum_k x_k    per group; scale and bias stay out of the inner loop.
 
 // Scales of `n` groups as floats, zeros after them.
-VF load_floats(const uint8_t* p, Kind kind, int n) {
+inline VF load_floats(const uint8_t* p, Kind kind, int n) {
     if (kind == Kind::bf16) return n == kLanes ? load_bf16(p) : load_bf16_n(p, n);
     if (kind == Kind::f16) return n == kLanes ? load_f16(p) : load_f16_n(p, n);
     return n == kLanes ? load_f32(p) : load_f32_n(p, n);
 }
+
+constexpr int64_t kPrefetchBytes = 8192;
 
 constexpr int float_bytes(Kind kind) { return kind == Kind::f32 ? 4 : 2; }
 
@@ -58,14 +60,18 @@ inline VF dot_step(const VB* codes, const Line& x, int64_t position) {
 template <int Bits, bool Exact, int R, int T>
 inline void affine_rows(const MatrixView& w, int64_t row, const Line* x, float (*out)[T]) {
     using C = Codes<Bits>;
+    constexpr int kChains = T == 1 ? 2 : 1;  // with one activation row, sums in turn so that they need not wait
     const int group = w.layout.group;
     const int64_t groups = w.layout.cols / group;
     const int64_t row_bytes = w.layout.cols * Bits / 8;
     const int64_t scale_bytes = float_bytes(w.layout.scale_kind);
     const int shift = log2_of(group / (C::kColumns / kLanes));
-    VF acc[R][T];
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) acc[r][t] = zero_f();
+    // Rows follow each other in memory: a whole number of blocks of R rows ahead is what comes next there.
+    const int64_t ahead = (kPrefetchBytes / (R * row_bytes) + 1) * R;
+    VF acc[kChains][R][T];
+    for (auto& chain : acc)
+        for (auto& rows : chain)
+            for (VF& sum : rows) sum = zero_f();
 
     const uint8_t* p = w.codes + row * row_bytes;
     int64_t position = 0;
@@ -76,71 +82,90 @@ inline void affine_rows(const MatrixView& w, int64_t row, const Line* x, float (
             const int64_t at = ((row + r) * groups + g) * scale_bytes;
             const VF scale = load_floats(w.scales + at, w.layout.scale_kind, n);
             const VF bias = load_floats(w.biases + at, w.layout.scale_kind, n);
-            prefetch(w.scales + at + R * groups * scale_bytes);
-            prefetch(w.biases + at + R * groups * scale_bytes);
+            prefetch(w.scales + at + ahead * groups * scale_bytes);
+            prefetch(w.biases + at + ahead * groups * scale_bytes);
             for (int t = 0; t < T; ++t) {
-                acc[r][t] = fma_f(bias, load_f(x[t].sums + g), acc[r][t]);
+                acc[0][r][t] = fma_f(bias, load_f(x[t].sums + g), acc[0][r][t]);
                 factor[r][t] = Exact ? scale : mul_f(scale, load_f(x[t].scales + g));
             }
         }
-        const int64_t columns = static_cast<int64_t>(n) * group;
-        const int full = static_cast<int>(columns / C::kColumns);
-        for (int u = 0; u < full; ++u) {
+        Counter counter = first_step();
+        auto step = [&](int chain, auto&& load) {
             for (int r = 0; r < R; ++r) {
-                prefetch(p + (r + R) * row_bytes);
                 VB codes[C::kVectors];
-                C::split(C::load(p + r * row_bytes), codes);
+                C::split(load(p + r * row_bytes), codes);
                 for (int t = 0; t < T; ++t)
-                    acc[r][t] =
-                        fma_f(dot_step<Bits, Exact>(codes, x[t], position), spread(factor[r][t], u, shift), acc[r][t]);
+                    acc[chain][r][t] = fma_f(dot_step<Bits, Exact>(codes, x[t], position),
+                                             spread(factor[r][t], counter, shift), acc[chain][r][t]);
             }
             p += C::kBytes;
             position += C::kColumns;
-        }
-        if (const int64_t rest = columns - static_cast<int64_t>(full) * C::kColumns; rest > 0) {
-            for (int r = 0; r < R; ++r) {
-                VB codes[C::kVectors];
-                C::split(C::load_n(p + r * row_bytes, static_cast<int>(rest * Bits / 8)), codes);
-                for (int t = 0; t < T; ++t)
-                    acc[r][t] = fma_f(dot_step<Bits, Exact>(codes, x[t], position), spread(factor[r][t], full, shift),
-                                      acc[r][t]);
-            }
-        }
+            counter = next_step(counter);
+        };
+        auto whole = [&](const uint8_t* from) {
+            prefetch(from + ahead * row_bytes);
+            return C::load(from);
+        };
+        const int64_t columns = static_cast<int64_t>(n) * group;
+        const int full = static_cast<int>(columns / C::kColumns);
+        int u = 0;
+        for (; u + kChains <= full; u += kChains)
+            for (int chain = 0; chain < kChains; ++chain) step(chain, whole);
+        for (; u < full; ++u) step(0, whole);
+        if (const int64_t rest = columns - static_cast<int64_t>(full) * C::kColumns; rest > 0)
+            step(0, [&](const uint8_t* from) { return C::load_n(from, static_cast<int>(rest * Bits / 8)); });
     }
     for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) out[r][t] = sum_f(acc[r][t]);
+        for (int t = 0; t < T; ++t) {
+            VF sum = acc[0][r][t];
+            for (int chain = 1; chain < kChains; ++chain) sum = add_f(sum, acc[chain][r][t]);
+            out[r][t] = sum_f(sum);
+        }
 }
 
 template <Kind K, int R, int T>
 inline void float_rows(const MatrixView& w, int64_t row, const Line* x, float (*out)[T]) {
     constexpr int kBytes = float_bytes(K);
+    constexpr int kChains = T == 1 ? 4 : 1;
     const int64_t cols = w.layout.cols;
+    const int64_t ahead = (kPrefetchBytes / (R * cols * kBytes) + 1) * R * cols * kBytes;
     const uint8_t* p = w.codes + row * cols * kBytes;
-    VF acc[R][T];
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) acc[r][t] = zero_f();
-    int64_t k = 0;
-    for (; k + kLanes <= cols; k += kLanes)
+    VF acc[kChains][R][T];
+    for (auto& chain : acc)
+        for (auto& rows : chain)
+            for (VF& sum : rows) sum = zero_f();
+    auto step = [&](int chain, int64_t k) {
         for (int r = 0; r < R; ++r) {
-            prefetch(p + ((r + R) * cols + k) * kBytes);
-            const VF v = load_floats(p + (r * cols + k) * kBytes, K, kLanes);
-            for (int t = 0; t < T; ++t) acc[r][t] = fma_f(v, load_f(x[t].values + k), acc[r][t]);
+            const uint8_t* from = p + (r * cols + k) * kBytes;
+            prefetch(from + ahead);
+            const VF v = load_floats(from, K, kLanes);
+            for (int t = 0; t < T; ++t) acc[chain][r][t] = fma_f(v, load_f(x[t].values + k), acc[chain][r][t]);
         }
+    };
+    int64_t k = 0;
+    for (; k + kChains * kLanes <= cols; k += kChains * kLanes)
+        for (int chain = 0; chain < kChains; ++chain) step(chain, k + chain * kLanes);
+    for (; k + kLanes <= cols; k += kLanes) step(0, k);
     if (k < cols) {
         const int n = static_cast<int>(cols - k);
         for (int r = 0; r < R; ++r) {
             const VF v = load_floats(p + (r * cols + k) * kBytes, K, n);
-            for (int t = 0; t < T; ++t) acc[r][t] = fma_f(v, load_f_n(x[t].values + k, n), acc[r][t]);
+            for (int t = 0; t < T; ++t) acc[0][r][t] = fma_f(v, load_f_n(x[t].values + k, n), acc[0][r][t]);
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) out[r][t] = sum_f(acc[r][t]);
+        for (int t = 0; t < T; ++t) {
+            VF sum = acc[0][r][t];
+            for (int chain = 1; chain < kChains; ++chain) sum = add_f(sum, acc[chain][r][t]);
+            out[r][t] = sum_f(sum);
+        }
 }
 
-// Runs Rows<R>::apply over a product's matrix rows, several at a time so that their dependency chains overlap.
+// Runs Rows<R>::apply over a product's matrix rows. One activation row is bound by memory, which is read fastest in
+// one stream; with more, several matrix rows share what is done to the activations.
 template <class Rows, int T>
 void vector_product(const Product& job) {
-    constexpr int kTogether = T == 1 ? kVectorRows : kVectorRows / 2;
+    constexpr int kTogether = T == 1 ? 1 : kVectorRows;
     Line x[T];
     float* out[T];
     for (int t = 0; t < T; ++t) {
