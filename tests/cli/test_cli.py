@@ -165,13 +165,29 @@ def test_doctor_reports_the_machine(run, tmp_path):
     assert list(tmp_path.iterdir()) == []  # the probe's file is gone
 
 
-def test_doctor_without_native_module_says_how_to_fix_it(run, tmp_path, monkeypatch):
+@pytest.fixture
+def no_native(tmp_path, monkeypatch):
+    """Processes that start now cannot import the native module, as after an install without a compiler."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['moestream._native'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_native")
+def test_doctor_without_native_module_says_how_to_fix_it(run, tmp_path):
     result = run("doctor", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "slow fallback" in result.stdout
     assert "apt-get install g++" in result.stdout
+
+
+@pytest.mark.usefixtures("no_native")
+def test_run_without_native_module_warns_in_one_line_and_answers(run, model):
+    result = run("run", "--model", model, "hello", *SAMPLING)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    warning, *_ = result.stderr.splitlines()
+    assert warning.startswith("moestream: warning: slow fallback: numpy computes")
+    assert "backend   reference" in result.stderr
 
 
 def test_doctor_rejects_a_missing_folder(run):
