@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -99,7 +100,6 @@ def test_damaged_shard_is_an_error(run, model, tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_interrupt_ends_the_reply_and_keeps_the_receipt(model):
     command = [sys.executable, "-m", "moestream", "run", "--model", str(model), "hello", "--max-tokens", "3000"]
     process = subprocess.Popen(
@@ -111,6 +111,23 @@ def test_interrupt_ends_the_reply_and_keeps_the_receipt(model):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "ended by cancelled" in err
+    assert "Traceback" not in err
+
+
+def test_interrupt_in_chat_ends_only_the_reply(model):
+    command = [sys.executable, "-m", "moestream", "chat", "--model", str(model), "--max-tokens", "3000"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("hello\n")
+    process.stdout.read(len("> ") + 1)  # the prompt, and the first character of the reply
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate("/bye\n", timeout=60)
+    assert process.returncode == 0, err
+    assert out.count("> ") >= 1  # asked again
+    assert all(int(tokens) < 3000 for tokens in re.findall(r"\[(\d+) tokens", err))
     assert "Traceback" not in err
 
 
