@@ -29,6 +29,8 @@ void pack_scales(const MatrixView& w, int64_t row0, int rows, int64_t group0, in
                 const int64_t at = ((row0 + half * kLanes + l) * stride + group0 + g) * bytes;
                 scales[l] = load_floats(w.scales + at, w.layout.scale_kind, n);
                 biases[l] = load_floats(w.biases + at, w.layout.scale_kind, n);
+                prefetch_far(w.scales + at + kTile * stride * bytes);  // the next tile's
+                prefetch_far(w.biases + at + kTile * stride * bytes);
             }
             transpose_f(scales);
             transpose_f(biases);
@@ -46,7 +48,6 @@ inline void load_transposed(const MatrixView& w, int64_t row0, int rows, int64_t
     const int64_t row_bytes = w.layout.cols * Bits / 8;
     const uint8_t* p = w.codes + row0 * row_bytes + column * Bits / 8;
     for (int l = 0; l < kLanes; ++l, p += row_bytes) {
-        prefetch_far(p + kTile * row_bytes);  // the next tile
         if (l >= rows)
             words[l] = zero_b();
         else if (columns >= C::kColumns)
@@ -73,6 +74,37 @@ struct GroupOrder {
         const int64_t per_step = step / group;
         return index / per_step * step + index % per_step * (group / 2);
     }
+};
+
+// Fetches what the next panel will be packed from, a few lines with every group that is multiplied: all at once would
+// stall on the number of reads a core can have in flight.
+class Ahead {
+public:
+    // `steps` calls to step() are to come.
+    Ahead(const MatrixView& w, int bits, int64_t row, int64_t column, int64_t block, int64_t steps)
+        : row_(w.codes + row * (w.layout.cols * bits / 8) + column * bits / 8),
+          stride_(w.layout.cols * bits / 8),
+          lines_((w.layout.cols - column < block ? w.layout.cols - column : block) * bits / 8 / 64 + 1),
+          left_(kTile * lines_),
+          per_step_((left_ + steps - 1) / steps) {}
+
+    void step() {
+        for (int64_t i = 0; i < per_step_ && left_ > 0; ++i, --left_) {
+            prefetch_far(row_ + line_ * 64);
+            if (++line_ == lines_) {
+                line_ = 0;
+                row_ += stride_;
+            }
+        }
+    }
+
+private:
+    const uint8_t* row_;
+    int64_t stride_;
+    int64_t lines_;
+    int64_t left_;
+    int64_t per_step_;
+    int64_t line_ = 0;
 };
 
 struct CodePanel {
@@ -114,7 +146,7 @@ void pack_codes(const MatrixView& w, int64_t row0, int rows, int64_t column, int
 // `rows` of the output from column 0 of the tile on, `width` columns; added to what is there unless `first`.
 template <bool Wide, int R>
 void code_block(const CodePanel& panel, int groups, const GroupOrder& order, int64_t group0, const Line* x,
-                float* const* out, int width, bool first) {
+                float* const* out, int width, bool first, Ahead& ahead) {
     VF acc[R][2];
     for (int r = 0; r < R; ++r)
         for (int h = 0; h < 2; ++h) acc[r][h] = first ? zero_f() : load_f_n(out[r] + h * kLanes, width - h * kLanes);
@@ -123,6 +155,7 @@ void code_block(const CodePanel& panel, int groups, const GroupOrder& order, int
         const int64_t position = order.position(group0 + g);
         VI sum[R][2];
         for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = zero_i();
+        ahead.step();
         for (int64_t run = 0; run < 2; ++run) {
             const int64_t from = position + run * order.second;
             for (int64_t j = 0; j < order.group / 2; j += 4) {
@@ -236,9 +269,11 @@ inline void with_rows(int rows, Block&& block) {
     }
 }
 
+constexpr int row_blocks(int count) { return (count + kTileRows - 1) / kTileRows; }
+
 template <class Block>
 inline void over_rows(const Product& job, int64_t tile, Block&& block) {
-    const int blocks = (job.count + kTileRows - 1) / kTileRows;
+    const int blocks = row_blocks(job.count);
     for (int b = 0; b < blocks; ++b) {
         const int begin = static_cast<int>(static_cast<int64_t>(job.count) * b / blocks);
         const int end = static_cast<int>(static_cast<int64_t>(job.count) * (b + 1) / blocks);
@@ -267,8 +302,12 @@ void code_product(const Product& job) {
             const int groups = static_cast<int>(columns / w.layout.group);
             pack_codes<Bits>(w, tile, width, column, columns, words, panel);
             pack_scales(w, tile, width, group0, groups, panel.groups);
+            const int64_t next = column + kCodeBlock < w.layout.cols ? column + kCodeBlock : 0;
+            Ahead ahead(w, Bits, next == 0 ? tile + kTile : tile, next, kCodeBlock,
+                        static_cast<int64_t>(groups) * row_blocks(job.count));
             over_rows(job, tile, [&](auto rows, const Line* x, float* const* out) {
-                code_block<Bits == 8, decltype(rows)::value>(panel, groups, order, group0, x, out, width, column == 0);
+                code_block<Bits == 8, decltype(rows)::value>(panel, groups, order, group0, x, out, width, column == 0,
+                                                             ahead);
             });
         }
     }
