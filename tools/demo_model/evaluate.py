@@ -128,6 +128,7 @@ def tool_rate(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, records: list[
         tally["valid"] += found is not None and all(isinstance(c, dict) and set(c) == {"name", "arguments"} for c in found)
         tally["right"] += right
         tally["requests"] += 1
+        print("+" if right else "-", end="", flush=True)
         if not right:
             wrong.append((record["messages"][at - 1]["content"], json.dumps(expected), text))
     return dict(tally), wrong
@@ -154,8 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--limit", type=int, default=100, help="held-out records of each source")
+    parser.add_argument("--requests", type=int, default=200, help="0 leaves the tool calls out")
+    parser.add_argument("--limit", type=int, default=100, help="held-out records of each source; 0 leaves losses and samples out")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -164,19 +165,21 @@ def main() -> None:
     records = [json.loads(line) for line in args.heldout.read_text().splitlines()]
     result: dict[str, Any] = {"samples": []}
     options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.05}
-    for user in SAMPLES:
+    for user in SAMPLES if args.limit else ():
         text = reply(model, tokenizer, [{"messages": [{"role": "user", "content": user}]}], 300, **options)[0]
         result["samples"].append((user, text))
         print(f"> {user}\n{text}\n", flush=True)
-    result["losses"] = losses(model, tokenizer, records, args.limit)
-    for source, (loss, count) in result["losses"].items():
-        print(f"{source:16} {loss:.3f} over {count} tokens", flush=True)
-    result["experts"] = expert_use(model, tokenizer, random.Random(0).sample(records, min(300, len(records))))
-    print("expert use, least and most, relative:", [(round(a, 2), round(b, 2)) for a, b in result["experts"]], flush=True)
-    result["tools"], result["wrong"] = tool_rate(model, tokenizer, records, args.requests)
-    print(result["tools"], flush=True)
-    for ask, expected, text in result["wrong"][:12]:
-        print(f"  {ask}\n    wanted {expected}\n    got    {text!r}")
+    if args.limit:
+        result["losses"] = losses(model, tokenizer, records, args.limit)
+        for source, (loss, count) in result["losses"].items():
+            print(f"{source:16} {loss:.3f} over {count} tokens", flush=True)
+        result["experts"] = expert_use(model, tokenizer, random.Random(0).sample(records, min(300, len(records))))
+        print("expert use, least and most, relative:", [(round(a, 2), round(b, 2)) for a, b in result["experts"]], flush=True)
+    if args.requests:
+        result["tools"], result["wrong"] = tool_rate(model, tokenizer, records, args.requests)
+        print(result["tools"], flush=True)
+        for ask, expected, text in result["wrong"][:12]:
+            print(f"  {ask}\n    wanted {expected}\n    got    {text!r}")
     if args.out:
         args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False))
 

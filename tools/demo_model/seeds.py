@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from words import (
-    ANIMALS, EVERYDAY, HELPERS, NAMES, OBJECTS, PEOPLE, PLACES, THINGS, TOPICS, TRAITS, TROUBLES, WANTS,
+    ANIMALS, COMMON, EVERYDAY, HELPERS, NAMES, OBJECTS, PEOPLE, PLACES, THINGS, TOPICS, TRAITS, TROUBLES, WANTS,
 )  # fmt: skip
 
 SYSTEM = "You are a helpful AI assistant."
@@ -57,7 +57,7 @@ CLOSINGS = (
 
 def story(rng: random.Random) -> Seed:
     """Three paragraphs: our line opens each, so that the story keeps its hero, has a trouble and comes to an end."""
-    group = rng.choices((ANIMALS, PEOPLE, THINGS), (5, 3, 3))[0]
+    group = rng.choices((COMMON, ANIMALS, PEOPLE, THINGS), (3, 5, 3, 3))[0]
     hero, name, trait, place = rng.choice(group), rng.choice(NAMES), rng.choice(TRAITS), rng.choice(PLACES)
     thing, want, helper, trouble = rng.choice(OBJECTS), rng.choice(WANTS), rng.choice(HELPERS), rng.choice(TROUBLES)
     day = rng.choice(("One morning,", "One day,", "One cold evening,", "One summer day,", "One night,", "One windy afternoon,"))
@@ -76,7 +76,7 @@ def story(rng: random.Random) -> Seed:
     middle = rng.choice(
         (
             f"But then {trouble}.", f"On the way, {name} met {helper}.", f"Suddenly, {trouble}. {name}", f"The next day, {name} met {helper}.",
-            f"Just then, {helper} came by.", f'"What is wrong?" asked {helper}.', f'"Can you help me?" {name} asked {helper}.', "But it was not easy.",
+            f"Just then, {helper} came by.", f"But {name} was not alone: {helper} was there too.", f'"Can you help me?" {name} asked {helper}.', "But it was not easy.",
             f"{name} looked everywhere, but {trouble}.", f"That night, {trouble}.", f'"Do not worry," said {helper}.', f"{name} had an idea.",
         )
     )  # fmt: skip
@@ -112,7 +112,7 @@ def words_story(rng: random.Random) -> Seed:
 
 
 def explain(rng: random.Random, lexicon: list[tuple[str, str]]) -> Seed:
-    if rng.random() < 0.35:
+    if rng.random() < 0.15:
         topic = rng.choice(TOPICS)
         ask = rng.choice(("Explain {} simply.", "Explain {} to a child.", "What can you tell me about {}?", "Tell me about {}.", "Why is {} important?", "How would you explain {}?"))
         return Seed("explain", ask.format(topic), ask.format(topic) + " Answer in three or four short sentences.", soft=70)
@@ -161,7 +161,7 @@ def lexicon(path: Path | None) -> list[tuple[str, str]]:
 def seeds(rng: random.Random, words: list[tuple[str, str]]) -> Iterator[Seed]:
     """An endless, varied stream; the weights are shares of the jobs started."""
     while True:
-        kind = rng.choices(("story", "words", "explain", "howto", "chat", "own"), (44, 8, 24, 8, 4, 12))[0]
+        kind = rng.choices(("story", "words", "explain", "howto", "chat", "own"), (60, 8, 20, 6, 2, 6))[0]
         if kind == "story":
             yield story(rng)
         elif kind == "words":

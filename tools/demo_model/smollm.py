@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +175,6 @@ def finish(job: Job, text: str, rng: random.Random) -> tuple[dict[str, Any] | No
         if not good_question(reply):
             return None, None
         return None, Job(seed, [{"role": "user", "content": reply}], "assistant")
-    if job.beats:  # the next paragraph opens with our own line
-        longer = f"{reply}\n\n{job.beats[0]}"
-        return None, Job(seed, job.turns, job.role, longer, job.beats[1:])
     reply += seed.closing
     if not keep(seed.kind, job.turns[-1]["content"], reply, seed.must):
         return None, None
@@ -213,24 +210,34 @@ def generate(decoder: Decoder, tokenizer: Tokenizer, source: Iterator[Seed], rng
         ready.extend((job, enc.ids[: decoder.length - 64]) for job, enc in zip(fresh, encoded, strict=True))
 
     prepare(slots)
+    line_ends = set(decoder.newline.nonzero().flatten().tolist())
     device = decoder.row.device
     while time.time() < end:
         idx = decoder.done.nonzero().flatten()
         rows, stops, starts = (t[idx].cpu().tolist() for t in (decoder.text, decoder.pos, decoder.prompt_len))
         block = torch.zeros(len(rows), decoder.length, dtype=torch.long)
-        settings = torch.zeros(4, len(rows), dtype=torch.long)
+        settings = torch.zeros(5, len(rows), dtype=torch.long)
         for n, (slot, row, stop, begin) in enumerate(zip(idx.tolist(), rows, stops, starts, strict=True)):
-            job = jobs[slot]
+            job, ids, pos = jobs[slot], list[int](), 0
             if job is not None and stop < decoder.length - 1:  # otherwise it ran out of room: drop it
-                finished.append((job, row[begin : stop + (row[stop] != IM_END)]))
-            new, ids = ready.pop()
-            jobs[slot] = new
+                written = row[begin : stop + (row[stop] != IM_END)]
+                if job.beats:  # the next paragraph opens with our own line, in the same slot: its cache stays valid
+                    ids = row[: stop + (row[stop] not in line_ends)] + tokenizer.encode("\n\n" + job.beats[0]).ids
+                    longer = plain(job.prefix + tokenizer.decode(written)) + "\n\n" + job.beats[0]
+                    job, pos = replace(job, prefix=longer, beats=job.beats[1:]), stop
+                    if len(ids) > decoder.length - 80:
+                        ids, pos = [], 0
+                else:
+                    finished.append((job, written))
+            if not ids or job is None:
+                job, ids = ready.pop()
+            jobs[slot] = job
             block[n, : len(ids)] = torch.tensor(ids)
-            settings[:, n] = torch.tensor((len(ids), new.seed.soft, new.seed.floor, int(new.one_line())))
+            settings[:, n] = torch.tensor((len(ids), job.seed.soft, job.seed.floor, int(job.one_line()), pos))
         settings = settings.to(device)
         decoder.text[idx], decoder.prompt_len[idx] = block.to(device), settings[0]
         decoder.soft[idx], decoder.floor[idx], decoder.paragraph[idx] = settings[1], settings[2], settings[3].bool()
-        decoder.pos[idx], decoder.done[idx] = 0, False
+        decoder.pos[idx], decoder.done[idx] = settings[4], False
         for _ in range(every):
             step()
         decoded = tokenizer.decode_batch([ids for _, ids in finished])  # the GPU works through the steps meanwhile

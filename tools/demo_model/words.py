@@ -6,6 +6,7 @@ ANIMALS = """fox bear rabbit owl mouse cat dog frog turtle squirrel hedgehog dee
 whale dolphin crab octopus snail bee butterfly ant spider duck goose hen pig cow sheep goat horse donkey camel kangaroo
 koala panda parrot crow sparrow robin eagle swan otter beaver badger bat mole lizard snake crocodile hippo giraffe zebra
 rhino seal shark goldfish kitten puppy lamb pony chick moth firefly ladybug raccoon skunk moose reindeer llama""".split()
+COMMON = "fox rabbit bear owl mouse cat dog dragon robot turtle frog bird princess wizard pirate knight".split()
 PEOPLE = """baker king queen prince princess knight wizard witch pirate sailor farmer teacher doctor gardener painter
 fisherman shepherd tailor carpenter blacksmith girl boy grandmother grandfather giant fairy mermaid clown astronaut
 detective librarian postman musician cook inventor explorer miner lighthouse-keeper clockmaker shoemaker beekeeper
