@@ -62,7 +62,7 @@ public:
 
     // Forgets what was prepared. `values` [rows, cols] must stay valid until the last product.
     void bind(const float* values, int64_t rows, int64_t cols, bool exact);
-    // The forms a matrix of this layout needs.
+    // The forms a matrix of this layout needs; the reference is valid until the next bind().
     const Activations& for_layout(const MatrixLayout& layout);
 
     int64_t rows() const { return rows_; }

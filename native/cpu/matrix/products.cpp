@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kTileRows = 64;          // matrix rows of a work item with many activation rows
 constexpr int64_t kItemBytes = 64 * 1024;  // bytes of a matrix a work item reads with few activation rows
-constexpr int64_t kHiddenRows = 128;       // a multiple of every group: items write whole groups of the hidden values
+constexpr int64_t kHiddenRows = 128;       // hidden columns of a work item with many activation rows
 constexpr int64_t kHiddenChunk = 128;      // activation rows whose hidden values a thread holds at once
 
 int64_t row_bytes(const MatrixLayout& m) {
@@ -28,6 +28,12 @@ int64_t row_bytes(const MatrixLayout& m) {
 int64_t item_rows(const MatrixLayout& m, int count) {
     if (count > kMaxVectorRows) return kTileRows;
     return std::clamp<int64_t>(kItemBytes / row_bytes(m) / 8 * 8, 8, 512);
+}
+
+// Hidden columns of a work item: whole groups of the hidden values, which it also rounds.
+int64_t hidden_rows(const MatrixLayout& down, int count) {
+    if (count > kMaxVectorRows) return kHiddenRows;
+    return down.kind == Kind::affine ? std::max(down.group, 64) : 64;
 }
 
 int64_t items_of(int64_t rows, int64_t per_item) { return (rows + per_item - 1) / per_item; }
@@ -91,7 +97,6 @@ void hidden_item(const MatrixKernels& kernels, const Block& block, const Activat
 void linear(Input& x, const Target* targets, int count) {
     const MatrixKernels& kernels = matrix_kernels();
     std::vector<const Activations*> inputs(static_cast<size_t>(count));
-    for (int i = 0; i < count; ++i) x.for_layout(targets[i].matrix->layout);
     for (int i = 0; i < count; ++i) inputs[i] = &x.for_layout(targets[i].matrix->layout);
     const int rows = static_cast<int>(x.rows());
     std::vector<int64_t> starts{0};
@@ -117,37 +122,40 @@ void gated_blocks(Input& x, const Block* blocks, int count, float* out, int64_t 
     const MatrixKernels& kernels = matrix_kernels();
     thread_local Hidden hidden;
     thread_local std::vector<int64_t> rows;   // [count + 1] first hidden row of a block
+    thread_local std::vector<int64_t> wide;   // [count + 1] first gate and up item of a block
     thread_local std::vector<int64_t> items;  // [count + 1] first down item of a block
     thread_local std::vector<int32_t> order;  // 0, 1, 2, ...
     // Captured by reference below: a thread_local name would mean the worker's own.
     Hidden& h = hidden;
     std::vector<int64_t>& row_starts = rows;
+    std::vector<int64_t>& wide_starts = wide;
     std::vector<int64_t>& item_starts = items;
-    const MatrixLayout& wide = blocks[0].gate.layout;
+    const MatrixLayout& gate = blocks[0].gate.layout;
     const MatrixLayout& down = blocks[0].down.layout;
     row_starts.assign(1, 0);
+    wide_starts.assign(1, 0);
     item_starts.assign(1, 0);
     for (int i = 0; i < count; ++i) {
         row_starts.push_back(row_starts.back() + blocks[i].count);
+        wide_starts.push_back(wide_starts.back() + items_of(gate.rows, hidden_rows(down, blocks[i].count)));
         item_starts.push_back(item_starts.back() + items_of(down.rows, item_rows(down, blocks[i].count)));
     }
     while (static_cast<int64_t>(order.size()) < std::max(row_starts.back(), x.rows()))
         order.push_back(static_cast<int32_t>(order.size()));
     const int32_t* identity = order.data();
     h.resize(row_starts.back(), down, x.exact());
-    x.for_layout(wide);
-    x.for_layout(blocks[0].up.layout);
-    const Activations& gate_x = x.for_layout(wide);
+    const Activations& gate_x = x.for_layout(gate);
     const Activations& up_x = x.for_layout(blocks[0].up.layout);
 
-    const int64_t parts = items_of(wide.rows, kHiddenRows);
-    pool().parallel_for(parts * count, 1, [&](int64_t begin_item, int64_t end_item) {
+    pool().parallel_for(wide_starts.back(), 1, [&](int64_t begin_item, int64_t end_item) {
         for (int64_t item = begin_item; item < end_item; ++item) {
-            Block block = blocks[item / parts];
+            const int64_t i = owner(wide_starts, item);
+            Block block = blocks[i];
             if (block.x_rows == nullptr) block.x_rows = identity;
-            const int64_t begin = item % parts * kHiddenRows;
-            hidden_item(kernels, block, gate_x, up_x, x.exact(), begin, std::min(begin + kHiddenRows, wide.rows),
-                        row_starts[item / parts], h);
+            const int64_t per_item = hidden_rows(down, block.count);
+            const int64_t begin = (item - wide_starts[i]) * per_item;
+            hidden_item(kernels, block, gate_x, up_x, x.exact(), begin, std::min(begin + per_item, gate.rows),
+                        row_starts[i], h);
         }
     });
     pool().parallel_for(item_starts.back(), 1, [&](int64_t begin_item, int64_t end_item) {

@@ -9,17 +9,15 @@ Shape letters: as in ``base.py``.
 
 from __future__ import annotations
 
-import math
-import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from moestream.checkpoint.encoding import ExpertLayout, MatrixLayout
 from moestream.errors import BackendError
 from moestream.ops.base import F32, I32, U8, Wave
+from moestream.system import cpu_count
 
 try:
     from moestream import _native
@@ -31,16 +29,6 @@ except ImportError as error:
     ) from error
 
 _SMALL_INPUT = 16  # rows up to which rounding an input again costs less than a mistake would
-
-
-def default_threads() -> int:
-    """Threads this process may use: its CPU affinity, capped by the cgroup's CPU quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return count
-    return count if quota == "max" else max(1, min(count, math.ceil(int(quota) / int(period))))
 
 
 class CpuOps(SequenceOps):
@@ -55,7 +43,7 @@ class CpuOps(SequenceOps):
     def __init__(self, threads: int | None = None, exact: bool = False) -> None:
         """Set the number of compute threads (None: all this process may use) and the mode."""
         self.exact = exact
-        self.threads = threads if threads is not None else default_threads()
+        self.threads = threads if threads is not None else cpu_count()
         _native.set_threads(self.threads)
         self._input = _native.Input()
         self._bound: tuple[weakref.ref[F32], int] | None = None
