@@ -197,6 +197,7 @@ void run_embed(const ConstIds& ids, const Matrix& table, const FloatRows& out) {
 }  // namespace
 
 void bind_matrix(nb::module_& m) {
+    // noconvert: a converted copy would be read after its end, or written in vain.
     nb::class_<MatrixLayout>(m, "MatrixLayout")
         .def(
             "__init__",
@@ -207,7 +208,7 @@ void bind_matrix(nb::module_& m) {
             nb::arg("rows"), nb::arg("cols"), nb::arg("kind"), nb::arg("bits") = 0, nb::arg("group") = 0,
             nb::arg("scale_dtype") = "bf16");
     nb::class_<Matrix>(m, "Matrix")
-        .def(nb::init<const MatrixLayout&, std::vector<ConstBytes>>(), nb::arg("layout"), nb::arg("parts"))
+        .def(nb::init<const MatrixLayout&, std::vector<ConstBytes>>(), nb::arg("layout"), nb::arg("parts").noconvert())
         .def_prop_ro("rows", [](const Matrix& self) { return self.view.layout.rows; })
         .def_prop_ro("cols", [](const Matrix& self) { return self.view.layout.cols; });
     nb::class_<Input>(m, "Input")
@@ -217,15 +218,18 @@ void bind_matrix(nb::module_& m) {
             [](Input& self, const ConstFloatRows& x, bool exact) {
                 self.bind(x.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)), exact);
             },
-            nb::arg("x"), nb::arg("exact"), "Takes `x` [T, K] as the input; the caller keeps it alive and unchanged.");
+            nb::arg("x").noconvert(), nb::arg("exact"),
+            "Takes `x` [T, K] as the input; the caller keeps it alive and unchanged.");
     nb::class_<Experts>(m, "Experts")
         .def(nb::init<const MatrixLayout&, const MatrixLayout&, const MatrixLayout&>(), nb::arg("gate"), nb::arg("up"),
              nb::arg("down"))
-        .def("run", &Experts::run, nb::arg("x"), nb::arg("memory"), nb::arg("offsets"), nb::arg("starts"),
-             nb::arg("pairs"), nb::arg("k"), nb::arg("out"));
-    m.def("linear", &run_linear, nb::arg("x"), nb::arg("matrices"), nb::arg("outs"));
-    m.def("swiglu", &run_swiglu, nb::arg("x"), nb::arg("gate"), nb::arg("up"), nb::arg("down"), nb::arg("out"));
-    m.def("embed", &run_embed, nb::arg("ids"), nb::arg("table"), nb::arg("out"));
+        .def("run", &Experts::run, nb::arg("x").noconvert(), nb::arg("memory").noconvert(),
+             nb::arg("offsets").noconvert(), nb::arg("starts").noconvert(), nb::arg("pairs").noconvert(), nb::arg("k"),
+             nb::arg("out").noconvert());
+    m.def("linear", &run_linear, nb::arg("x").noconvert(), nb::arg("matrices"), nb::arg("outs").noconvert());
+    m.def("swiglu", &run_swiglu, nb::arg("x").noconvert(), nb::arg("gate"), nb::arg("up"), nb::arg("down"),
+          nb::arg("out").noconvert());
+    m.def("embed", &run_embed, nb::arg("ids").noconvert(), nb::arg("table"), nb::arg("out").noconvert());
     m.def("memory_bandwidth", &memory_bandwidth, nb::arg("nbytes"), nb::arg("seconds"),
           nb::call_guard<nb::gil_scoped_release>(), "Bytes per second of a streaming read by the pool.");
     m.def("int8_peak", &int8_peak, nb::arg("seconds") = 0.1, nb::call_guard<nb::gil_scoped_release>(),

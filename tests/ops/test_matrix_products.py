@@ -191,6 +191,21 @@ def test_wrong_shapes_are_named() -> None:
         native.MatrixLayout(4, 65, "affine", 4, 64)
 
 
+@pytest.mark.parametrize("bad", [np.zeros((1, 64)), np.zeros((1, 128), np.float32)[:, ::2], np.zeros(64, np.float32)])
+def test_arrays_of_another_kind_are_refused_not_copied(bad: np.ndarray) -> None:
+    ops = CpuOps(1)
+    case = Case.random(np.random.default_rng(9), 64, 64, MAIN)
+    matrix = ops.matrix(case.layout, case.parts)
+    with pytest.raises(TypeError):
+        ops.linear(bad, [matrix])
+    with pytest.raises(TypeError):
+        ops.swiglu(bad, matrix, matrix, matrix)
+    source = native.Input()
+    source.bind(np.zeros((1, 64), np.float32), False)
+    with pytest.raises(TypeError):
+        native.linear(source, [matrix], [bad])
+
+
 def test_probes_measure_something() -> None:
     native.set_threads(1)
     assert native.memory_bandwidth(1 << 22, 0.01) > 1e7
