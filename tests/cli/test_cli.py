@@ -223,3 +223,12 @@ def test_version_is_the_installed_one(run):
     from importlib.metadata import version
 
     assert run("--version").stdout.strip() == f"moestream {version('moestream')}"
+
+
+def test_the_demo_model_answers_from_disk(run):
+    result = run("run", "What is the capital of France?", "--temperature", 0, "--json")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert "Paris" in answer["text"]
+    assert answer["receipt"]["bytes_read"] > 0
+    assert answer["receipt"]["experts_used"] == answer["receipt"]["experts_native"]
