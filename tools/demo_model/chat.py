@@ -14,7 +14,9 @@ EOT, IM_START, IM_END = range(3)
 PROMPT, REPLY = 1, 10  # tenths: prompts teach a little, replies fully
 
 TOOLS_BEFORE = "You can call these functions:\n<tools>\n"
-TOOLS_AFTER = '\n</tools>\nTo call a function, write:\n<tool_call>\n{"name": the name, "arguments": the arguments}\n</tool_call>'
+TOOLS_AFTER = (
+    '\n</tools>\nTo call a function, write:\n<tool_call>\n{"name": the name, "arguments": the arguments}\n</tool_call>'
+)
 
 
 def dumps(value: Any) -> str:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
-
+import tool_calls
 from chat import EOT, IM_END, REPLY, render
 from pack import documents
 from quantise import decode, unpack
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 Tensor = torch.Tensor
 Record = dict[str, Any]
@@ -69,7 +69,9 @@ def load(path: Path, device: str = "cpu") -> Qwen3_5MoeForCausalLM:
 
 
 @torch.inference_mode()
-def losses(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, records: list[Record], limit: int) -> dict[str, tuple[float, int]]:
+def losses(
+    model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, records: list[Record], limit: int
+) -> dict[str, tuple[float, int]]:
     """Mean loss of reply tokens, and their number, per source."""
     by: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -83,19 +85,31 @@ def losses(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, records: list[Rec
             part = docs[i : i + 16]
             width = max(len(ids) for ids, _ in part)
             ids = torch.tensor([x + [EOT] * (width - len(x)) for x, _ in part], device=model.device)
-            mask = torch.tensor([[w == REPLY for w in ws] + [False] * (width - len(ws)) for _, ws in part], device=model.device)[:, 1:]
+            mask = torch.tensor(
+                [[w == REPLY for w in ws] + [False] * (width - len(ws)) for _, ws in part], device=model.device
+            )[:, 1:]
             logits = model(ids).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(mask)
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            ).view_as(mask)
             total, count = total + float((loss * mask).sum()), count + int(mask.sum())
         out[source] = (total / max(count, 1), count)
     return out
 
 
 @torch.inference_mode()
-def reply(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, prompts: list[Record], limit: int, **options: Any) -> list[str]:
+def reply(
+    model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, prompts: list[Record], limit: int, **options: Any
+) -> list[str]:
     """Replies to prompts of equal token length (so that no padding is needed)."""
     ids = [tokenizer.encode("".join(t for t, _ in render(p, generate=True))).ids for p in prompts]
-    out = model.generate(torch.tensor(ids, device=model.device), max_new_tokens=limit, eos_token_id=[IM_END, EOT], pad_token_id=EOT, **options)
+    out = model.generate(
+        torch.tensor(ids, device=model.device),
+        max_new_tokens=limit,
+        eos_token_id=[IM_END, EOT],
+        pad_token_id=EOT,
+        **options,
+    )
     texts = []
     for row in out[:, len(ids[0]) :].tolist():
         end = next((i for i, t in enumerate(row) if t in (IM_END, EOT)), len(row))
@@ -111,7 +125,9 @@ def calls_in(text: str) -> list[Any] | None:
         return None
 
 
-def tool_rate(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, records: list[Record], count: int) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+def tool_rate(
+    model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, records: list[Record], count: int
+) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """Greedy first replies to unseen requests over unseen schemas: well-formed, and equal to the right calls."""
     tally: Counter[str] = Counter()
     wrong: list[tuple[str, str, str]] = []
@@ -125,7 +141,9 @@ def tool_rate(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, records: list[
         right = found is not None and found == expected and (bool(found) == ("<tool_call>" in text))
         tally[kind] += 1
         tally[kind + ", right"] += right
-        tally["valid"] += found is not None and all(isinstance(c, dict) and set(c) == {"name", "arguments"} for c in found)
+        tally["valid"] += found is not None and all(
+            isinstance(c, dict) and set(c) == {"name", "arguments"} for c in found
+        )
         tally["right"] += right
         tally["requests"] += 1
         print("+" if right else "-", end="", flush=True)
@@ -140,7 +158,12 @@ def expert_use(model: Qwen3_5MoeForCausalLM, tokenizer: Tokenizer, records: list
     shares: list[Tensor] = []
     k, e = model.config.num_experts_per_tok, model.config.num_experts
     norms: list[Tensor] = []
-    hooks = [layer.mlp.gate.register_forward_hook(lambda m, i, o: norms.append(i[0].reshape(-1, i[0].shape[-1]) @ m.weight.T)) for layer in model.model.layers]
+    hooks = [
+        layer.mlp.gate.register_forward_hook(
+            lambda m, i, o: norms.append(i[0].reshape(-1, i[0].shape[-1]) @ m.weight.T)
+        )
+        for layer in model.model.layers
+    ]
     ids = [t for r in records for text, _ in render(r) for t in tokenizer.encode(text).ids][:4096]
     model(torch.tensor(ids, device=model.device).view(-1, 512 if len(ids) == 4096 else len(ids)))
     for hook in hooks:
@@ -156,7 +179,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=200, help="0 leaves the tool calls out")
-    parser.add_argument("--limit", type=int, default=100, help="held-out records of each source; 0 leaves losses and samples out")
+    parser.add_argument("--known", action="store_true", help="new requests over known schemas, not unseen ones")
+    parser.add_argument(
+        "--limit", type=int, default=100, help="held-out records of each source; 0 leaves losses and samples out"
+    )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -174,7 +200,13 @@ def main() -> None:
         for source, (loss, count) in result["losses"].items():
             print(f"{source:16} {loss:.3f} over {count} tokens", flush=True)
         result["experts"] = expert_use(model, tokenizer, random.Random(0).sample(records, min(300, len(records))))
-        print("expert use, least and most, relative:", [(round(a, 2), round(b, 2)) for a, b in result["experts"]], flush=True)
+        print(
+            "expert use, least and most, relative:",
+            [(round(a, 2), round(b, 2)) for a, b in result["experts"]],
+            flush=True,
+        )
+    if args.known:
+        records = list(tool_calls.records(args.requests, seed=99, unseen=False))
     if args.requests:
         result["tools"], result["wrong"] = tool_rate(model, tokenizer, records, args.requests)
         print(result["tools"], flush=True)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-
 from model import Config, Model
 from quantise import GROUP, bits_of, encode, pack
+from safetensors.torch import save_file
 
 Tensor = torch.Tensor
 PREFIX = "language_model.model."
@@ -60,7 +59,15 @@ def config_json(c: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.05, "eos_token_id": [2, 0], "pad_token_id": 0}
+GENERATION = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 40,
+    "repetition_penalty": 1.05,
+    "eos_token_id": [2, 0],
+    "pad_token_id": 0,
+}
 
 
 def export(model: Model, tokenizer: Path, out: Path) -> None:
@@ -84,7 +91,9 @@ def export(model: Model, tokenizer: Path, out: Path) -> None:
         where.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
         total = sum(t.numel() * t.element_size() for s in shards for t in s.values())
-        (fresh / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, separators=(",", ":")) + "\n")
+        (fresh / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": where}, separators=(",", ":")) + "\n"
+        )
     (fresh / "config.json").write_text(json.dumps(config_json(model.config), indent=1) + "\n")
     (fresh / "generation_config.json").write_text(json.dumps(GENERATION, indent=1) + "\n")
     for name in TOKENIZER_FILES:

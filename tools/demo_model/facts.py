@@ -22,7 +22,15 @@ LANGUAGES = {
     "is": "Icelandic", "ga": "Irish", "mt": "Maltese", "sq": "Albanian", "mk": "Macedonian", "bs": "Bosnian", "ca": "Catalan", "af": "Afrikaans", "mg": "Malagasy",
     "be": "Belarusian", "ky": "Kyrgyz", "tg": "Tajik", "tk": "Turkmen", "dv": "Dhivehi", "dz": "Dzongkha", "ti": "Tigrinya", "lb": "Luxembourgish", "ps": "Pashto",
 }  # fmt: skip
-CONTINENTS = {"EU": "Europe", "AS": "Asia", "AF": "Africa", "NA": "North America", "SA": "South America", "OC": "Oceania", "AN": "Antarctica"}
+CONTINENTS = {
+    "EU": "Europe",
+    "AS": "Asia",
+    "AF": "Africa",
+    "NA": "North America",
+    "SA": "South America",
+    "OC": "Oceania",
+    "AN": "Antarctica",
+}
 THE = {"United States", "United Kingdom", "Netherlands", "Philippines", "Bahamas", "Gambia", "Maldives", "Czech Republic", "Dominican Republic",
        "Central African Republic", "United Arab Emirates", "Seychelles", "Solomon Islands", "Marshall Islands", "Comoros"}  # fmt: skip
 
@@ -63,10 +71,16 @@ def countries() -> Iterator[Fact]:
         capital, continent = row["capital"], CONTINENTS[row["continentcode"]]
         yield ((f"What is the capital of {c}?", f"capital of {plain}?", f"Name the capital city of {c}.", f"Which city is the capital of {c}?", f"Tell me the capital of {c}."),
                (f"The capital of {c} is {capital}.", f"{capital} is the capital of {c}.", f"The capital of {c} is {capital}."))  # fmt: skip
-        yield ((f"{capital} is the capital of which country?", f"Which country has the capital {capital}?"), (f"{capital} is the capital of {c}.",))
+        yield (
+            (f"{capital} is the capital of which country?", f"Which country has the capital {capital}?"),
+            (f"{capital} is the capital of {c}.",),
+        )
         yield ((f"What is the population of {c}?", f"How many people live in {c}?", f"How big is the population of {c}?"),
                (f"About {rounded(row['population'])} people live in {c}.", f"{big} has about {rounded(row['population'])} people."))  # fmt: skip
-        yield ((f"On which continent is {c}?", f"Which continent is {c} in?", f"Where is {c}?"), (f"{big} is in {extra.get('subregion') or continent}.", f"{big} is in {continent}."))
+        yield (
+            (f"On which continent is {c}?", f"Which continent is {c} in?", f"Where is {c}?"),
+            (f"{big} is in {extra.get('subregion') or continent}.", f"{big} is in {continent}."),
+        )
         if row["currencyname"]:
             money = f"{row['currencyname']} ({row['currencycode']})"
             yield ((f"What is the currency of {c}?", f"Which currency is used in {c}?", f"What money do people use in {c}?"),
@@ -82,7 +96,10 @@ def countries() -> Iterator[Fact]:
             yield ((f"Which countries border {c}?", f"What are the neighbours of {c}?"), (f"{big} borders {listed}.",))
         if extra.get("area"):
             area = f"{round(float(extra['area']), -2 if float(extra['area']) > 1000 else 0):,.0f}"
-            yield ((f"How large is {c}?", f"What is the area of {c}?"), (f"{big} has an area of about {area} square kilometers.",))
+            yield (
+                (f"How large is {c}?", f"What is the area of {c}?"),
+                (f"{big} has an area of about {area} square kilometers.",),
+            )
         if extra.get("demonym"):
             yield ((f"What do you call people from {c}?",), (f"People from {c} are called {extra['demonym']}.",))
         yield ((f"Tell me about {c}.", f"Give me some facts about {c}.", f"What do you know about {c}?"),
@@ -99,9 +116,15 @@ def cities() -> Iterator[Fact]:
     for row in rows:
         country = names[row["countrycode"]]
         c = f"the {country}" if country in THE else country
-        yield ((f"In which country is {row['name']}?", f"Where is {row['name']}?", f"Which country is {row['name']} in?"), (f"{row['name']} is a city in {c}.", f"{row['name']} is in {c}."))
+        yield (
+            (f"In which country is {row['name']}?", f"Where is {row['name']}?", f"Which country is {row['name']} in?"),
+            (f"{row['name']} is a city in {c}.", f"{row['name']} is in {c}."),
+        )
         if row["population"] > 1e6:
-            yield ((f"How many people live in {row['name']}?", f"What is the population of {row['name']}?"), (f"About {rounded(row['population'])} people live in {row['name']}.",))
+            yield (
+                (f"How many people live in {row['name']}?", f"What is the population of {row['name']}?"),
+                (f"About {rounded(row['population'])} people live in {row['name']}.",),
+            )
 
 
 def elements() -> Iterator[Fact]:
@@ -114,22 +137,47 @@ def elements() -> Iterator[Fact]:
         name, low, z, symbol = r["name"], r["name"].lower(), r["atomic_number"], r["symbol"]
         yield ((f"What is the chemical symbol of {low}?", f"What is the symbol for {low}?", f"symbol of {low}?", f"Give me the symbol of {low}."),
                (f"The symbol of {low} is {symbol}.", f"The chemical symbol for {low} is {symbol}."))  # fmt: skip
-        yield ((f"Which element has the symbol {symbol}?", f"What element is {symbol}?", f"What does {symbol} stand for in chemistry?"), (f"{symbol} is the symbol of {low}.",))
-        yield ((f"What is the atomic number of {low}?", f"Which number does {low} have in the periodic table?"), (f"The atomic number of {low} is {z}.", f"{name} has the atomic number {z}."))
-        yield ((f"Which element has the atomic number {z}?", f"What is element number {z}?"), (f"Element {z} is {low} ({symbol}).",))
+        yield (
+            (
+                f"Which element has the symbol {symbol}?",
+                f"What element is {symbol}?",
+                f"What does {symbol} stand for in chemistry?",
+            ),
+            (f"{symbol} is the symbol of {low}.",),
+        )
+        yield (
+            (f"What is the atomic number of {low}?", f"Which number does {low} have in the periodic table?"),
+            (f"The atomic number of {low} is {z}.", f"{name} has the atomic number {z}."),
+        )
+        yield (
+            (f"Which element has the atomic number {z}?", f"What is element number {z}?"),
+            (f"Element {z} is {low} ({symbol}).",),
+        )
         weight = f"{r['atomic_weight']:.4g}" if r["atomic_weight"] else ""
         if weight:
-            yield ((f"What is the atomic weight of {low}?", f"How heavy is an atom of {low}?"), (f"The atomic weight of {low} is about {weight}.",))
+            yield (
+                (f"What is the atomic weight of {low}?", f"How heavy is an atom of {low}?"),
+                (f"The atomic weight of {low} is about {weight}.",),
+            )
         place = f"in period {r['period']}" + (f" and group {r['group_id']}" if r["group_id"] else "")
-        yield ((f"Where is {low} in the periodic table?", f"Which group and period is {low} in?"), (f"{name} is {place}.",))
+        yield (
+            (f"Where is {low} in the periodic table?", f"Which group and period is {low} in?"),
+            (f"{name} is {place}.",),
+        )
         kind = series.get(r["series_id"], "")
         if kind:
-            yield ((f"What kind of element is {low}?", f"To which series does {low} belong?"), (f"{name} belongs to the {kind.lower()}.",))
+            yield (
+                (f"What kind of element is {low}?", f"To which series does {low} belong?"),
+                (f"{name} belongs to the {kind.lower()}.",),
+            )
         family = groups.get(r["group_id"])
         if r["uses"] and len(r["uses"]) < 260:
             yield ((f"What is {low} used for?", f"Name a use of {low}."), (" ".join(r["uses"].split()),))
         if r["description"] and len(r["description"]) < 420:
-            yield ((f"Tell me about {low}.", f"What is {low}?", f"Describe the element {low}."), (" ".join(r["description"].split()),))
+            yield (
+                (f"Tell me about {low}.", f"What is {low}?", f"Describe the element {low}."),
+                (" ".join(r["description"].split()),),
+            )
         yield ((f"Tell me about the element {low}.", f"Give me some facts about {low}."),
                (f"{name} is a chemical element with the symbol {symbol} and atomic number {z}. It is {place}." + (f" It belongs to the {family.lower()}." if family else ""),))  # fmt: skip
 
@@ -142,4 +190,7 @@ def records(rng: random.Random, copies: int) -> Iterator[Record]:
                 ask, reply = rng.choice(asks), rng.choice(answers)
                 if rng.random() < 0.15:
                     ask = ask[0].lower() + ask[1:].rstrip("?.")
-                yield {"source": source, "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": reply}]}
+                yield {
+                    "source": source,
+                    "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": reply}],
+                }

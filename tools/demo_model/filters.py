@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 
 BAD = re.compile(
     r"as an ai|language model|smollm|hugging ?face|openai|chatgpt|i('m| am) sorry|i can(no|')t|i('m| am) unable|i don't have|"
@@ -18,7 +19,14 @@ STORIES = ("story", "words")
 
 def plain(text: str) -> str:
     """Typewriter quotes and dashes, one blank line between paragraphs."""
-    for fancy, ascii_ in (("\u2018", "'"), ("\u2019", "'"), ("\u201c", '"'), ("\u201d", '"'), ("\u2014", " - "), ("\u2013", "-")):
+    for fancy, ascii_ in (
+        ("\u2018", "'"),
+        ("\u2019", "'"),
+        ("\u201c", '"'),
+        ("\u201d", '"'),
+        ("\u2014", " - "),
+        ("\u2013", "-"),
+    ):
         text = text.replace(fancy, ascii_)
     return re.sub(r"\s*\n\s*\n\s*", "\n\n", re.sub(r"[ \t]+", " ", text)).strip()
 
@@ -30,7 +38,7 @@ def loops(text: str) -> bool:
         return False
     grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
     repeated = sum(n - 1 for n in grams.values())
-    bigrams = Counter(zip(words, words[1:], strict=False))
+    bigrams = Counter(pairwise(words))
     sentences = [s.strip().lower() for s in SENTENCE.split(text) if len(s) > 12]
     return (
         repeated > 0.04 * len(words)
@@ -53,7 +61,10 @@ def keep(kind: str, user: str, reply: str, must: tuple[str, ...]) -> bool:
     low_limit, high_limit = {"story": (60, 260), "words": (40, 220), "sentence": (5, 40)}.get(kind, (4, 220))
     if not low_limit <= words <= high_limit or loops(reply):
         return False
-    if kind in STORIES and (low.count("story") > 1 or re.search(r"\b(you|your)\b", re.sub(r'"[^"]*"', "", reply.lower().rsplit("\n\n", 1)[-1]))):
+    if kind in STORIES and (
+        low.count("story") > 1
+        or re.search(r"\b(you|your)\b", re.sub(r'"[^"]*"', "", reply.lower().rsplit("\n\n", 1)[-1]))
+    ):
         return False
     return low[:40] != user.lower()[:40]
 

@@ -40,7 +40,10 @@ class Config:
 
     @property
     def layer_types(self) -> list[str]:
-        return ["full_attention" if (i + 1) % self.full_attention_interval == 0 else "linear_attention" for i in range(self.num_hidden_layers)]
+        return [
+            "full_attention" if (i + 1) % self.full_attention_interval == 0 else "linear_attention"
+            for i in range(self.num_hidden_layers)
+        ]
 
     def to_hf(self) -> dict[str, Any]:
         """The `text_config` of config.json."""
@@ -48,7 +51,13 @@ class Config:
         theta, factor = fields.pop("rope_theta"), fields.pop("partial_rotary_factor")
         third = int(self.head_dim * factor) // 2
         sections = [third - 2 * (third // 3), third // 3, third // 3]
-        rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": factor, "mrope_section": sections, "mrope_interleaved": True}
+        rope = {
+            "rope_type": "default",
+            "rope_theta": theta,
+            "partial_rotary_factor": factor,
+            "mrope_section": sections,
+            "mrope_interleaved": True,
+        }
         return {
             "model_type": "qwen3_5_moe_text", **fields, "layer_types": self.layer_types, "rope_parameters": rope, "rope_theta": theta,
             "partial_rotary_factor": factor, "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
@@ -72,8 +81,15 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.heads, self.kv, self.dim, self.rotary = c.num_attention_heads, c.num_key_value_heads, c.head_dim, int(c.head_dim * c.partial_rotary_factor)
-        self.q_proj = nn.Linear(c.hidden_size, 2 * self.heads * self.dim, bias=False)  # per head: query rows, then gate rows
+        self.heads, self.kv, self.dim, self.rotary = (
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            int(c.head_dim * c.partial_rotary_factor),
+        )
+        self.q_proj = nn.Linear(
+            c.hidden_size, 2 * self.heads * self.dim, bias=False
+        )  # per head: query rows, then gate rows
         self.k_proj = nn.Linear(c.hidden_size, self.kv * self.dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, self.kv * self.dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.dim, c.hidden_size, bias=False)
@@ -142,14 +158,21 @@ class GatedNorm(nn.Module):
 class DeltaNet(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.hk, self.hv, self.dk, self.dv = c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim
+        self.hk, self.hv, self.dk, self.dv = (
+            c.linear_num_key_heads,
+            c.linear_num_value_heads,
+            c.linear_key_head_dim,
+            c.linear_value_head_dim,
+        )
         keys, values = self.hk * self.dk, self.hv * self.dv
         self.in_proj_qkv = nn.Linear(c.hidden_size, 2 * keys + values, bias=False)
         self.in_proj_z = nn.Linear(c.hidden_size, values, bias=False)
         self.in_proj_b = nn.Linear(c.hidden_size, self.hv, bias=False)
         self.in_proj_a = nn.Linear(c.hidden_size, self.hv, bias=False)
         width = 2 * keys + values
-        self.conv1d = nn.Conv1d(width, width, c.linear_conv_kernel_dim, groups=width, padding=c.linear_conv_kernel_dim - 1, bias=False)
+        self.conv1d = nn.Conv1d(
+            width, width, c.linear_conv_kernel_dim, groups=width, padding=c.linear_conv_kernel_dim - 1, bias=False
+        )
         self.A_log = nn.Parameter(torch.empty(self.hv).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(torch.empty(self.hv).uniform_(-6.9, -2.3))  # softplus of it: steps of 0.001 to 0.1
         self.norm = GatedNorm(self.dv, c.rms_norm_eps)
@@ -161,7 +184,12 @@ class DeltaNet(nn.Module):
         kernel = self.conv1d.weight.shape[-1]
         padded = F.pad(u, (0, 0, kernel - 1, 0))
         conv = self.conv1d.weight[:, 0].to(u.dtype)
-        y = F.silu(sum((padded[:, j : j + t] * conv[:, j] for j in range(kernel)), torch.zeros((), device=u.device, dtype=u.dtype)))
+        y = F.silu(
+            sum(
+                (padded[:, j : j + t] * conv[:, j] for j in range(kernel)),
+                torch.zeros((), device=u.device, dtype=u.dtype),
+            )
+        )
         with torch.autocast(h.device.type, enabled=False):
             q, k, v = y.float().split((self.hk * self.dk, self.hk * self.dk, self.hv * self.dv), -1)
             q, k = (x.view(b, t, self.hk, self.dk) for x in (q, k))

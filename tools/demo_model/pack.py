@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
-
 from chat import EOT, render
+from tokenizers import Tokenizer
 
 Document = tuple[list[int], list[int]]
 REPEAT = {"identity": 2, "countries": 2, "elements": 2, "cities": 2}  # seen this many times an epoch
@@ -84,10 +83,14 @@ def work(job: tuple[list[str], Path, int, int]) -> tuple[np.ndarray, np.ndarray,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="fixed.jsonl of sources.py and the generated shards")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, help="fixed.jsonl of sources.py and the generated shards"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="writes OUT.ids.npy, OUT.weights.npy, OUT.json")
-    parser.add_argument("--heldout", type=Path, help="append every 200th generated record here instead of training on it")
+    parser.add_argument(
+        "--heldout", type=Path, help="append every 200th generated record here instead of training on it"
+    )
     parser.add_argument("--length", type=int, default=1024)
     args = parser.parse_args()
     train: list[str] = []

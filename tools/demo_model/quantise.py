@@ -45,7 +45,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """uint32 words, lowest bits first (as int32 bits: torch has few uint32 operations)."""
     per = 32 // bits
     words = codes.to(torch.int64).unflatten(-1, (-1, per)) << (torch.arange(per, device=codes.device) * bits)
-    return words.sum(-1).to(torch.int64).where(words.sum(-1) < 2**31, words.sum(-1) - 2**32).to(torch.int32).view(torch.uint32)
+    return (
+        words.sum(-1)
+        .to(torch.int64)
+        .where(words.sum(-1) < 2**31, words.sum(-1) - 2**32)
+        .to(torch.int32)
+        .view(torch.uint32)
+    )
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -79,7 +85,10 @@ class FakeQuant:
     def enter(self) -> None:
         for (_, p), master in zip(self.named, self.master, strict=True):
             master.copy_(p)
-        for bits in (4, 8):  # groups lie along the last axis, so every matrix is a list of 64-value groups: encode all at once
+        for bits in (
+            4,
+            8,
+        ):  # groups lie along the last axis, so every matrix is a list of 64-value groups: encode all at once
             chosen = [p for n, p in self.named if bits_of(n) == bits]
             flat = rounded_flat(torch.cat([p.detach().reshape(-1) for p in chosen]), bits)
             for p, new in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):

@@ -8,7 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from words import (
-    ANIMALS, COMMON, EVERYDAY, HELPERS, NAMES, OBJECTS, PEOPLE, PLACES, THINGS, TOPICS, TRAITS, TROUBLES, WANTS,
+    ANIMALS,
+    COMMON,
+    EVERYDAY,
+    HELPERS,
+    NAMES,
+    OBJECTS,
+    PEOPLE,
+    PLACES,
+    THINGS,
+    TOPICS,
+    TRAITS,
+    TROUBLES,
+    WANTS,
 )  # fmt: skip
 
 SYSTEM = "You are a helpful AI assistant."
@@ -60,7 +72,9 @@ def story(rng: random.Random) -> Seed:
     group = rng.choices((COMMON, ANIMALS, PEOPLE, THINGS), (3, 5, 3, 3))[0]
     hero, name, trait, place = rng.choice(group), rng.choice(NAMES), rng.choice(TRAITS), rng.choice(PLACES)
     thing, want, helper, trouble = rng.choice(OBJECTS), rng.choice(WANTS), rng.choice(HELPERS), rng.choice(TROUBLES)
-    day = rng.choice(("One morning,", "One day,", "One cold evening,", "One summer day,", "One night,", "One windy afternoon,"))
+    day = rng.choice(
+        ("One morning,", "One day,", "One cold evening,", "One summer day,", "One night,", "One windy afternoon,")
+    )
     hero_t = f"{trait} {hero}"
     opening = rng.choice(
         (
@@ -102,33 +116,80 @@ def words_story(rng: random.Random) -> Seed:
     name = rng.choice(NAMES)
     listed = f"{picks[0]}, {picks[1]} and {picks[2]}"
     user = rng.choice(
-        ("Write a short story that uses the words {}.", "Tell me a story with these words: {}.", "Use the words {} in a short story.")
+        (
+            "Write a short story that uses the words {}.",
+            "Tell me a story with these words: {}.",
+            "Use the words {} in a short story.",
+        )
     ).format(listed)
     opening = rng.choice(("One day, ", "Once upon a time, ", "")) + rng.choice(
         (f"{name} the {picks[0]} found {a(picks[1])} next to {a(picks[2])}.", f"{name} had {a(picks[0])}, {a(picks[1])} and {a(picks[2])}.",
          f"{name} saw {a(picks[0])} and {a(picks[1])} behind {a(picks[2])}.")
     )  # fmt: skip
-    return Seed("words", user, user + " Use simple words.", opening, (rng.choice(("In the end,", f"{name} smiled.", "At last,")),), "", 14, 60, tuple(picks))
+    return Seed(
+        "words",
+        user,
+        user + " Use simple words.",
+        opening,
+        (rng.choice(("In the end,", f"{name} smiled.", "At last,")),),
+        "",
+        14,
+        60,
+        tuple(picks),
+    )
 
 
 def explain(rng: random.Random, lexicon: list[tuple[str, str]]) -> Seed:
     if rng.random() < 0.15:
         topic = rng.choice(TOPICS)
-        ask = rng.choice(("Explain {} simply.", "Explain {} to a child.", "What can you tell me about {}?", "Tell me about {}.", "Why is {} important?", "How would you explain {}?"))
-        return Seed("explain", ask.format(topic), ask.format(topic) + " Answer in three or four short sentences.", soft=70)
+        ask = rng.choice(
+            (
+                "Explain {} simply.",
+                "Explain {} to a child.",
+                "What can you tell me about {}?",
+                "Tell me about {}.",
+                "Why is {} important?",
+                "How would you explain {}?",
+            )
+        )
+        return Seed(
+            "explain", ask.format(topic), ask.format(topic) + " Answer in three or four short sentences.", soft=70
+        )
     word, gloss = rng.choice(lexicon)
     form = rng.random()
     if form < 0.5:
-        ask = rng.choice(("Explain the word {} simply.", "Explain {} in simple words.", 'What does "{}" mean? Explain it simply.', "Explain {} and give an example."))
+        ask = rng.choice(
+            (
+                "Explain the word {} simply.",
+                "Explain {} in simple words.",
+                'What does "{}" mean? Explain it simply.',
+                "Explain {} and give an example.",
+            )
+        )
         teacher = f'The word "{word}" means: {gloss}. Explain the word in simple words, in two or three sentences, and give an example.'
         return Seed("explain", ask.format(word), teacher, soft=60, must=(word,))
     ask = rng.choice(("Write one sentence with the word {}.", "Use {} in a sentence.", 'Give me a sentence with "{}".'))
-    return Seed("sentence", ask.format(word), f'The word "{word}" means: {gloss}. Write one sentence with the word {word}.', soft=8, must=(word,))
+    return Seed(
+        "sentence",
+        ask.format(word),
+        f'The word "{word}" means: {gloss}. Write one sentence with the word {word}.',
+        soft=8,
+        must=(word,),
+    )
 
 
 def howto(rng: random.Random) -> Seed:
     task = rng.choice(EVERYDAY)
-    ask = rng.choice(("How do I {}?", "How can I {}?", "What is the best way to {}?", "Give me some tips: how to {}?", "Teach me to {}.", "Can you help me {}?"))
+    ask = rng.choice(
+        (
+            "How do I {}?",
+            "How can I {}?",
+            "What is the best way to {}?",
+            "Give me some tips: how to {}?",
+            "Teach me to {}.",
+            "Can you help me {}?",
+        )
+    )
     return Seed("howto", ask.format(task), ask.format(task) + " Answer in a few short sentences.", soft=90)
 
 
@@ -136,9 +197,13 @@ GREETINGS = """Hi!|Hello|Hi, how are you?|Good morning!|Hello there|How are you 
 I am tired.|I am happy today!|Thank you!|What should I do today?|Can you help me?|I had a bad day.|Tell me something nice.
 Tell me something interesting.|I like cats.|I like music.|It is raining.|What is your favorite color?|Let's talk.
 I have a test tomorrow.|I cannot sleep.|I want to learn something new.|What should I eat for dinner?|Good night!
-My friend is angry with me.|I am nervous.|I lost my keys.|It is my birthday today!|What makes people happy?""".replace("\n", "|").split("|")
+My friend is angry with me.|I am nervous.|I lost my keys.|It is my birthday today!|What makes people happy?""".replace(
+    "\n", "|"
+).split("|")
 SECOND = """Thank you!|Can you say that more simply?|Tell me more.|Why?|Can you give me an example?|That is interesting. What else?
-Thanks, that helps.|How do you know?|What do you mean?|And then?|Is that always true?|Can you make it shorter?""".replace("\n", "|").split("|")
+Thanks, that helps.|How do you know?|What do you mean?|And then?|Is that always true?|Can you make it shorter?""".replace(
+    "\n", "|"
+).split("|")
 
 
 def second_turn(rng: random.Random) -> str:
@@ -147,7 +212,9 @@ def second_turn(rng: random.Random) -> str:
 
 def chat(rng: random.Random) -> Seed:
     greeting = rng.choice(GREETINGS)
-    return Seed("chat", greeting, greeting, soft=30, system=SYSTEM + " You answer in one or two short, friendly sentences.")
+    return Seed(
+        "chat", greeting, greeting, soft=30, system=SYSTEM + " You answer in one or two short, friendly sentences."
+    )
 
 
 def lexicon(path: Path | None) -> list[tuple[str, str]]:

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
 from decode_attention import decode_attention
 from filters import good_question, keep, plain
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from seeds import Seed, lexicon, second_turn, seeds
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 Tensor = torch.Tensor
 IM_END = 2

@@ -126,8 +126,15 @@ def python_docs(root: Path) -> Iterator[Record]:
             text = path.read_text(errors="ignore")
             text = re.sub(r"^\.\. (?:_|index|highlight|module|sectionauthor|moduleauthor|XXX|testsetup|only|codeauthor).*\n(?:[ \t]+.*\n|\n(?=[ \t]))*", "",
                           text, flags=re.MULTILINE)  # fmt: skip
-            text = re.sub(r"\.\. (?:\w+:)?(function|method|class|data|attribute|exception|opcode|describe|option)::", r"\1", text)
-            text = re.sub(r"^\.\. (note|seealso|warning|versionadded|versionchanged|deprecated\S*|rubric)::", r"\1:", text, flags=re.MULTILINE)
+            text = re.sub(
+                r"\.\. (?:\w+:)?(function|method|class|data|attribute|exception|opcode|describe|option)::", r"\1", text
+            )
+            text = re.sub(
+                r"^\.\. (note|seealso|warning|versionadded|versionchanged|deprecated\S*|rubric)::",
+                r"\1:",
+                text,
+                flags=re.MULTILINE,
+            )
             text = ROLE.sub(r"\1", text).replace("``", "`").replace("\\*", "*")
             text = re.sub(r"\n{3,}", "\n\n", text)
             piece = ""
@@ -142,7 +149,7 @@ def python_docs(root: Path) -> Iterator[Record]:
 
 def jargon(path: Path, rng: random.Random) -> Iterator[Record]:
     """The Jargon File: every entry as text, short ones also as question and answer."""
-    text = gzip.open(path).read().decode("utf8", "ignore")
+    text = gzip.decompress(path.read_bytes()).decode("utf8", "ignore")
     for entry in re.split(r"\n(?=\S)", text)[20:]:
         head, _, body = entry.partition("\n")
         body = re.sub(r"\n\s*\n", "\f", re.sub(r"[{}]", "", body))
@@ -152,7 +159,9 @@ def jargon(path: Path, rng: random.Random) -> Iterator[Record]:
             continue
         yield {"source": "jargon", "text": f"{head}\n\n" + "\n\n".join(paragraphs)[:3000]}
         if len(paragraphs[0]) < 500:
-            ask = rng.choice(("In hacker slang, what is {}?", "What does {} mean in the Jargon File?", "What do hackers mean by {}?"))
+            ask = rng.choice(
+                ("In hacker slang, what is {}?", "What does {} mean in the Jargon File?", "What do hackers mean by {}?")
+            )
             yield qa("jargon", ask.format(head), paragraphs[0])
 
 
@@ -248,7 +257,12 @@ def split(records: Iterable[Record], rng: random.Random, train: list[Record], he
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--debian", type=Path, required=True, help="root of the unpacked wordnet-base, python3-doc, dict-jargon (/ if installed)")
+    parser.add_argument(
+        "--debian",
+        type=Path,
+        required=True,
+        help="root of the unpacked wordnet-base, python3-doc, dict-jargon (/ if installed)",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tool-records", type=int, default=60000)
     parser.add_argument("--reasoning", type=int, default=4000, help="problems of each kind")

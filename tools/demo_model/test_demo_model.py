@@ -11,14 +11,13 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig  # noqa: E402
-from transformers.utils.chat_template_utils import render_jinja_template  # noqa: E402
-
-import chat  # noqa: E402
-import model as demo  # noqa: E402
-import quantise  # noqa: E402
-import tool_calls  # noqa: E402
+import chat
+import model as demo
+import quantise
+import tool_calls
+import torch
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def test_model_equals_transformers() -> None:
@@ -56,5 +55,7 @@ def test_template_says_what_the_training_text_says() -> None:
         if record["messages"][-1]["role"] == "assistant":
             cut = {**record, "messages": record["messages"][:-1]}
             ours = "".join(text for text, _ in chat.render(cut, generate=True))
-            theirs = render_jinja_template([cut["messages"]], tools=cut["tools"], chat_template=template, add_generation_prompt=True)[0][0]
+            theirs = render_jinja_template(
+                [cut["messages"]], tools=cut["tools"], chat_template=template, add_generation_prompt=True
+            )[0][0]
             assert ours == theirs

@@ -9,13 +9,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from chat import ADDED, SPECIAL, render
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from chat import ADDED, SPECIAL, render
-
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # one digit at a time
-)
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # one digit at a time
 
 
 def texts(paths: list[Path], limit: int, seed: int) -> Iterator[str]:
@@ -37,11 +34,18 @@ def texts(paths: list[Path], limit: int, seed: int) -> Iterator[str]:
 def train(paths: list[Path], size: int, limit: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[*SPECIAL, *ADDED], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2, show_progress=False
+        vocab_size=size,
+        special_tokens=[*SPECIAL, *ADDED],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts(paths, limit, 1), trainer)
     # The tool marks are ordinary text to a reader: only the ChatML marks are hidden when decoding.

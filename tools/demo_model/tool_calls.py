@@ -20,14 +20,23 @@ Rng = random.Random
 CITIES = """Paris London Berlin Madrid Rome Vienna Oslo Lisbon Dublin Athens Cairo Nairobi Lagos Tokyo Osaka Seoul Beijing
 Delhi Mumbai Bangkok Hanoi Sydney Toronto Boston Chicago Seattle Denver Lima Bogota Santiago Prague Warsaw Zurich
 Helsinki Istanbul Jakarta Manila Dubai Tunis Accra""".split()
-LANGS = "French German Spanish Italian Japanese Chinese Arabic Portuguese Dutch Greek Polish Turkish Korean Hindi".split()
+LANGS = (
+    "French German Spanish Italian Japanese Chinese Arabic Portuguese Dutch Greek Polish Turkish Korean Hindi".split()
+)
 MONEY = "USD EUR GBP JPY CHF CAD AUD INR CNY SEK".split()
 FOODS = "pizza|green salad|tomato soup|pasta|fried rice|apple pie|curry|bread|omelette|noodles|tacos|sushi".split("|")
 ROOMS = "kitchen|bedroom|living room|bathroom|office|garage|hallway|basement".split("|")
-SUBJECTS = "trip plans|weekly report|birthday party|lunch on Friday|project update|new schedule|garden work|team meeting".split("|")
+SUBJECTS = "trip plans|weekly report|birthday party|lunch on Friday|project update|new schedule|garden work|team meeting".split(
+    "|"
+)
 TASKS = [t for t in EVERYDAY if len(t) < 26]
 WEEK = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-SYSTEMS = ("You are a helpful assistant.", "You are the moestream demo model.", "Answer briefly.", "You are a friendly assistant.")
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "You are the moestream demo model.",
+    "Answer briefly.",
+    "You are a friendly assistant.",
+)
 
 
 @dataclass(frozen=True)
@@ -64,14 +73,29 @@ def number(low: int, high: int) -> Kind:
 
 
 def array(values: list[str]) -> Kind:
-    return Kind({"type": "array", "items": {"type": "string"}}, lambda rng: rng.sample(values, rng.randint(2, 3)), listed)
+    return Kind(
+        {"type": "array", "items": {"type": "string"}}, lambda rng: rng.sample(values, rng.randint(2, 3)), listed
+    )
 
 
 PERSON, CITY, LANG = string(NAMES), string(CITIES), string(LANGS)
-DATE = Kind({"type": "string", "description": "YYYY-MM-DD"}, lambda rng: f"{rng.randint(2024, 2029)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}")
-TIME = Kind({"type": "string", "description": "HH:MM"}, lambda rng: f"{rng.randint(0, 23):02d}:{rng.choice((0, 15, 30, 45)):02d}")
-EMAIL = Kind({"type": "string"}, lambda rng: f"{rng.choice(NAMES).lower()}@{rng.choice(('example.com', 'mail.org', 'work.net'))}")
-FILE = Kind({"type": "string"}, lambda rng: f"{rng.choice(('notes', 'report', 'data', 'photo', 'todo', 'draft', 'budget'))}{rng.choice(('', rng.randint(1, 99)))}.{rng.choice(('txt', 'csv', 'md', 'pdf', 'png'))}")
+DATE = Kind(
+    {"type": "string", "description": "YYYY-MM-DD"},
+    lambda rng: f"{rng.randint(2024, 2029)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
+)
+TIME = Kind(
+    {"type": "string", "description": "HH:MM"},
+    lambda rng: f"{rng.randint(0, 23):02d}:{rng.choice((0, 15, 30, 45)):02d}",
+)
+EMAIL = Kind(
+    {"type": "string"}, lambda rng: f"{rng.choice(NAMES).lower()}@{rng.choice(('example.com', 'mail.org', 'work.net'))}"
+)
+FILE = Kind(
+    {"type": "string"},
+    lambda rng: (
+        f"{rng.choice(('notes', 'report', 'data', 'photo', 'todo', 'draft', 'budget'))}{rng.choice(('', rng.randint(1, 99)))}.{rng.choice(('txt', 'csv', 'md', 'pdf', 'png'))}"
+    ),
+)
 FLAG = Kind({"type": "boolean"}, pick(True, False), lambda v: "yes" if v else "no")
 POINT = Kind({"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}, "required": ["x", "y"]},
              lambda rng: {"x": rng.randint(0, 99), "y": rng.randint(0, 99)}, lambda v: f"x {v['x']}, y {v['y']}")  # fmt: skip
@@ -196,7 +220,11 @@ class Tool:
     def schema(self) -> dict[str, Any]:
         properties = {name: kind.schema for name, kind, _ in self.parameters}
         required = [name for name, _, need in self.parameters if need]
-        function = {"name": self.name, "description": self.description, "parameters": {"type": "object", "properties": properties, "required": required}}
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": {"type": "object", "properties": properties, "required": required},
+        }
         return {"type": "function", "function": function}
 
     def ask(self, rng: Rng) -> tuple[str, dict[str, Any]]:
@@ -229,7 +257,14 @@ def catalogue() -> tuple[list[Tool], list[Tool]]:
             phrase = " ".join(FIELDS[f][1].format("{" + p[0] + "}") for f, p in zip(chosen, parameters, strict=True))
             verbal = f"{verb.capitalize()} {rng.choice(('an' if noun[0] in 'aeiou' else 'a', 'the'))} {noun} {phrase}."
             asks = (verbal, f"Please {verbal[0].lower()}{verbal[1:]}", f"Can you {verbal[0].lower()}{verbal[1:-1]}?")
-            tools.append(Tool(f"{verb}_{noun}", f"{verb.capitalize()} {'an' if noun[0] in 'aeiou' else 'a'} {noun}", tuple(parameters), asks))
+            tools.append(
+                Tool(
+                    f"{verb}_{noun}",
+                    f"{verb.capitalize()} {'an' if noun[0] in 'aeiou' else 'a'} {noun}",
+                    tuple(parameters),
+                    asks,
+                )
+            )
     order = random.Random(4).sample(range(len(tools)), len(tools))
     cut = len(tools) // 6
     unseen = set(order[:cut])
@@ -243,7 +278,10 @@ def answer(tool: Tool, values: dict[str, Any], rng: Rng) -> tuple[dict[str, Any]
     """A made-up tool result and the reply in words."""
     kind = rng.randrange(4)
     if tool.name == "get_weather":
-        result = {"temperature": rng.randint(-9, 38), "condition": rng.choice(("sunny", "cloudy", "rainy", "windy", "snowy"))}
+        result = {
+            "temperature": rng.randint(-9, 38),
+            "condition": rng.choice(("sunny", "cloudy", "rainy", "windy", "snowy")),
+        }
         return result, f"In {values['city']} it is {result['condition']} with {result['temperature']} degrees."
     if tool.name == "get_time":
         result = {"time": TIME.draw(rng)}
@@ -260,11 +298,19 @@ def answer(tool: Tool, values: dict[str, Any], rng: Rng) -> tuple[dict[str, Any]
     return {"error": error}, f"Sorry, that did not work: {error}."
 
 
-REFUSE = ("None of my tools can do that.", "I have no tool for that.", "I am sorry, I do not have a tool for that request.")
+REFUSE = (
+    "None of my tools can do that.",
+    "I have no tool for that.",
+    "I am sorry, I do not have a tool for that request.",
+)
 
 
 def call_turn(calls: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls],
+    }
 
 
 def conversation(pool: list[Tool], rng: Rng) -> Record:
@@ -279,7 +325,10 @@ def conversation(pool: list[Tool], rng: Rng) -> Record:
         other = rng.choice([t for t in pool if t.name not in {o.name for o in offered}])
         turns += [{"role": "user", "content": other.ask(rng)[0]}, {"role": "assistant", "content": rng.choice(REFUSE)}]
     elif roll < 0.14:
-        turns += [{"role": "user", "content": rng.choice(("Hello", "Hi!", "Good morning"))}, {"role": "assistant", "content": rng.choice(("Hello! How can I help you?", "Hi! What can I do for you?"))}]
+        turns += [
+            {"role": "user", "content": rng.choice(("Hello", "Hi!", "Good morning"))},
+            {"role": "assistant", "content": rng.choice(("Hello! How can I help you?", "Hi! What can I do for you?"))},
+        ]
     else:
         count = 2 if roll > 0.88 else 1
         chosen = [rng.choice(offered) for _ in range(count)]

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-
 from export import export
 from model import Config, Model
 from quantise import FakeQuant
+from torch import nn
 
 Tensor = torch.Tensor
 
@@ -57,7 +56,7 @@ class Muon:
                 p.mul_(1 - lr * decay).sub_(u, alpha=lr)
 
 
-def batches(rows: int, size: int, seed: int) -> "np.ndarray":
+def batches(rows: int, size: int, seed: int) -> np.ndarray:
     """Endless row numbers, reshuffled every epoch."""
     rng = np.random.default_rng(seed)
     left = np.empty(0, dtype=np.int64)
@@ -79,7 +78,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the OUT of pack.py")
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="the exported model; the newest export is always complete")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the exported model; the newest export is always complete"
+    )
     parser.add_argument("--minutes", type=float, default=16.0, help="the step count is set to fill this time")
     parser.add_argument("--steps", type=int, default=0, help="instead of --minutes")
     parser.add_argument("--batch", type=int, default=64)
@@ -135,7 +136,10 @@ def main() -> None:
                 torch.cuda.synchronize()
             pace = (time.time() - first_time) / 60
             total = step + int((args.minutes * 60 - (time.time() - began)) / (pace * (1 + 0.05 * args.quantised)))
-            print(f"{pace:.3f} s a step, {args.batch * (ids_all.shape[1] - 1) / pace:.0f} tokens a second: {total} steps", flush=True)
+            print(
+                f"{pace:.3f} s a step, {args.batch * (ids_all.shape[1] - 1) / pace:.0f} tokens a second: {total} steps",
+                flush=True,
+            )
         progress = step / total if total < 10**9 else 0.02 * min(1.0, step / 60)
         factor = shape(progress) if total < 10**9 else min(1.0, step / 60)
         quantised = progress > 1 - args.quantised
@@ -165,7 +169,9 @@ def main() -> None:
             last_export = time.time()
     export(model, args.tokenizer, args.out)
     tokens = step * args.batch * (ids_all.shape[1] - 1)
-    print(json.dumps({"steps": step, "tokens": tokens, "seconds": round(time.time() - began), "loss": value}), flush=True)
+    print(
+        json.dumps({"steps": step, "tokens": tokens, "seconds": round(time.time() - began), "loss": value}), flush=True
+    )
 
 
 if __name__ == "__main__":
