@@ -13,8 +13,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import tool_calls
+import torch
 from chat import EOT, IM_END, REPLY, render
 from pack import documents
 from quantise import decode, unpack
