@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class Muon:
                 p.mul_(1 - lr * decay).sub_(u, alpha=lr)
 
 
-def batches(rows: int, size: int, seed: int) -> np.ndarray:
+def batches(rows: int, size: int, seed: int) -> Iterator[np.ndarray]:
     """Endless row numbers, reshuffled every epoch."""
     rng = np.random.default_rng(seed)
     left = np.empty(0, dtype=np.int64)
