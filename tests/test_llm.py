@@ -102,6 +102,24 @@ def test_same_logits_in_every_cache_mode(folder):
     np.testing.assert_array_equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("chunk", [512, 4])
+def test_progress_of_a_prompt_covers_every_chunk_of_it(folder, chunk):
+    with load(folder, prefill_chunk=chunk) as llm:
+        seen = []
+        llm.on_progress = lambda done, total: seen.append((done, total))
+        prompt = golden(NAME).ids(1)[:10].tolist()
+        llm.generate(prompt, max_tokens=3, ignore_eos=True)
+        layers = len(llm.runtime.config.layers)
+        steps = -(-len(prompt) // chunk)
+        assert len(seen) == steps * layers  # none for decoding
+        assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+        assert seen[-1] == (layers * len(prompt), layers * len(prompt))
+        assert len({total for _, total in seen}) == 1
+        llm.on_progress = None
+        llm.generate(prompt, max_tokens=1, ignore_eos=True)
+        assert len(seen) == steps * layers
+
+
 def test_text_ids_list_and_stream_agree(llm):
     done = llm.generate("Once upon", GREEDILY)
     assert done.text == llm.decode(done.token_ids)

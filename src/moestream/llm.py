@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moestream.config import CacheMode, RunConfig, parse_size
-from moestream.engine.engine import Ids
+from moestream.engine.engine import Ids, PromptProgress
 from moestream.engine.load import Progress, Runtime, load_runtime
 from moestream.engine.sampling import SamplingParams
 from moestream.errors import CheckpointError, RequestError, TemplateError
@@ -66,6 +66,19 @@ class LLM:
             RequestError: the model has been closed.
         """
         return self._opened()[0]
+
+    @property
+    def on_progress(self) -> PromptProgress | None:
+        """For the wait before a first token: called with (done, total) after each layer of a step that reads prompts.
+
+        ``total`` covers the prompts of that step whole, also the parts of them that earlier and later steps read.
+        Called by the thread that runs the step; it must not call the model.
+        """
+        return self.runtime.engine.on_progress
+
+    @on_progress.setter
+    def on_progress(self, report: PromptProgress | None) -> None:
+        self.runtime.engine.on_progress = report
 
     @property
     def _replies(self) -> Replies:

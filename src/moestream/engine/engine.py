@@ -25,6 +25,8 @@ from moestream.models.states import SequenceStates
 from moestream.ops.base import F32, I64
 
 Ids = abc.Sequence[int] | npt.NDArray[np.integer]
+PromptProgress = Callable[[int, int], None]
+"""Called with (done, total), both in layers x prompt tokens, after each layer of a step that reads prompts."""
 
 
 class EngineModel(Protocol):
@@ -51,6 +53,10 @@ class Engine:
 
     A sequence that fails (an unreadable expert, NaN logits) ends alone with its error. When a step fails as a whole,
     every sequence in it ends, because their states stand somewhere between two tokens; the waiting ones go on.
+
+    Attributes:
+        on_progress: Told how far the prompts of a step are, those of one step together; all chunks of a prompt count
+            into its total.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class Engine:
             recover: Called before the next step after an exception left the model's expert source half way.
         """
         self.context = context
+        self.on_progress: PromptProgress | None = None
         self._model = model
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
@@ -208,6 +215,8 @@ class Engine:
                 sampled.append(sequence)
         batch = Batch.of(parts)
         batch.logits_rows = np.array(rows, np.int32)
+        if self.on_progress is not None:
+            batch.on_layer = _prompt_progress(chunks, self.on_progress)
         return batch, sampled
 
     def _account(self, chunks: list[tuple[Sequence, int]], io: IoCounters) -> None:
@@ -264,3 +273,12 @@ class Engine:
         sequence.finish_reason = reason
         sequence.states = None  # its memory is free for the next one
         self._scheduler.remove(sequence)
+
+
+def _prompt_progress(chunks: list[tuple[Sequence, int]], report: PromptProgress) -> Callable[[int, int], None] | None:
+    """What a layer's end means for the prompts of a step; None for a step without any."""
+    reading = [(sequence, count) for sequence, count in chunks if not sequence.decoding]
+    before = sum(sequence.computed for sequence, _ in reading)
+    now = sum(count for _, count in reading)
+    total = sum(len(sequence.prompt) for sequence, _ in reading)
+    return (lambda done, layers: report(layers * before + done * now, layers * total)) if reading else None

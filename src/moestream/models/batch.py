@@ -5,7 +5,7 @@ Shape letters: T rows of the batch, N rows whose logits are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +34,8 @@ class Batch:
     logits_rows: I32  # [N]
     failures: list[tuple[int, ReadError]] = field(default_factory=list)
     """(row, error): an expert that the row needed could not be read, so its logits are worthless."""
+    on_layer: Callable[[int, int], None] | None = None
+    """Called with (layers done, layers) after each layer."""
 
     @classmethod
     def of(cls, chunks: Sequence[tuple[Sequence[int] | I32, SequenceStates]], all_logits: bool = False) -> Batch:

@@ -105,6 +105,8 @@ class Model:
             x = layer.mlp.forward(x, ops.rms_norm(x, layer.mlp_norm, self.config.eps), i, step)
             if self.observe is not None:
                 self.observe(i, x)
+            if batch.on_layer is not None:
+                batch.on_layer(i + 1, len(self._weights.layers))
         return x
 
     def _logits(self, x: F32, rows: I32) -> F32:
