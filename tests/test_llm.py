@@ -1,24 +1,17 @@
 """The library from text to text, on tiny real checkpoints streamed from disk."""
 
-import contextlib
 import errno
-import importlib.util
-import itertools
 import json
-import signal
 import subprocess
 import sys
-import threading
-import time
 import weakref
 
 import numpy as np
 import pytest
 from golden_models import FOLDER, GREEDY, PROMPTS, assert_close, golden
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as HfTokenizer
+from text_models import GREEDILY, NAME, fresh, load
 
-from moestream import LLM, SamplingParams
+from moestream import SamplingParams
 from moestream.errors import (
     BackendError,
     BudgetError,
@@ -29,55 +22,6 @@ from moestream.errors import (
     TemplateError,
 )
 from moestream.experts.reader import ReadFailure
-
-NAME = "qwen3_5-mlx4"
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if tools %}{{ tools | tojson }}{% endif %}<|im_start|>assistant\n{% if think %}<think>{% endif %}"
-)
-BACKEND = "cpu" if importlib.util.find_spec("moestream._native") else "reference"
-GREEDILY = SamplingParams(temperature=0, max_tokens=GREEDY, ignore_eos=True)
-
-
-def tokenizer_of(size):
-    """One token for each ASCII character, then single bytes of others, then specials: exactly ``size``."""
-    specials = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (not (c.isascii() or c in "ĠĊ"), c))
-    vocab = {c: i for i, c in enumerate(alphabet[: size - len(specials)])}
-    tokenizer = HfTokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(s, special=True) for s in specials[:2]])
-    tokenizer.add_tokens([AddedToken(s) for s in specials[2:]])
-    assert tokenizer.get_vocab_size() == size
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A golden checkpoint with a tokenizer and a chat template beside it."""
-    path = tmp_path_factory.mktemp("model")
-    for file in (FOLDER / NAME).iterdir():
-        (path / file.name).symlink_to(file)
-    tokenizer_of(160).save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHATML}))
-    return path
-
-
-def load(path, **kwargs):
-    return LLM.load(path, **({"backend": BACKEND, "exact": True, "ram": "2GB", "context": 256} | kwargs))
-
-
-@pytest.fixture(scope="module")
-def llm(folder):
-    with load(folder) as loaded:
-        yield loaded
-
-
-def fresh(stream):
-    deltas = list(stream)
-    assert [d.finish_reason is None for d in deltas] == [True] * (len(deltas) - 1) + [False]
-    return "".join(d.text for d in deltas), deltas
 
 
 @pytest.mark.parametrize("name", ["qwen3-f16-single", "qwen3_5-bf16-fused", NAME])
@@ -190,92 +134,6 @@ def test_chat_renders_and_parses(llm):
     assert deltas[-1].reply.content == streamed
 
 
-def test_interleaved_streams_and_threads_share_steps(llm):
-    expected = {p: llm.generate(p, GREEDILY).text for p in ("abc", "Once upon a time", "zzz")}
-    streams = {p: llm.stream(p, GREEDILY) for p in expected}
-    texts = dict.fromkeys(expected, "")
-    for deltas in itertools.zip_longest(*streams.values()):
-        for prompt, delta in zip(streams, deltas, strict=True):
-            texts[prompt] += delta.text if delta else ""
-    assert texts == expected
-    results = {}
-    threads = [
-        threading.Thread(target=lambda p=p: results.update({p: llm.generate(p, GREEDILY).text})) for p in expected
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert results == expected
-
-
-def test_closing_a_stream_cancels_it(llm):
-    stream = llm.stream("abc", GREEDILY)
-    next(stream)
-    assert not llm.runtime.engine.idle
-    stream.close()
-    assert llm.runtime.engine.idle
-    llm.stream("abc", GREEDILY)  # never started: nothing runs
-    assert llm.runtime.engine.idle
-
-
-def test_interrupt_leaves_the_model_usable(llm):
-    expected = llm.generate("abc", GREEDILY).text
-    calls = itertools.count()
-
-    def interrupt(layer, residual):
-        if next(calls) == 9:  # in the middle of a step
-            raise KeyboardInterrupt
-
-    llm.runtime.model.observe = interrupt
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            list(llm.stream("abc", GREEDILY))
-    finally:
-        llm.runtime.model.observe = None
-    assert llm.runtime.engine.idle
-    assert llm.generate("abc", GREEDILY).text == expected
-
-
-@pytest.mark.parametrize("cache", ["arena", "none"])
-def test_interrupts_at_any_moment_leave_the_model_usable(folder, cache):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    moments = np.random.default_rng(0).uniform(0.0005, 0.01, 12)
-    try:
-        with load(folder, cache=cache, ram="500MB") as llm:
-            expected = llm.generate("Once upon", GREEDILY).token_ids
-            for moment in moments:
-                with contextlib.suppress(KeyboardInterrupt):
-                    signal.setitimer(signal.ITIMER_REAL, moment)
-                    list(llm.stream("Once upon", GREEDILY, max_tokens=100))
-                    time.sleep(moment)
-                assert llm.runtime.engine.idle
-                assert llm.generate("Once upon", GREEDILY).token_ids == expected
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_cancel_ends_replies_with_what_they_have(llm):
-    calls = itertools.count()
-
-    def cancel(layer, residual):  # as a signal handler would, while a step runs
-        if next(calls) == 9:
-            llm.cancel()
-
-    llm.runtime.model.observe = cancel
-    try:
-        text, deltas = fresh(llm.stream("abc", GREEDILY))
-    finally:
-        llm.runtime.model.observe = None
-    assert deltas[-1].finish_reason == "cancelled"
-    assert 0 < deltas[-1].receipt.new_tokens < GREEDY
-    assert llm.generate("abc", GREEDILY).text.startswith(text)
-
-
 class FailingReader:
     """A reader on which the n-th and all later tickets fail with EIO; everything else is the real one's."""
 
@@ -368,26 +226,6 @@ def test_progress_reaches_the_end(folder):
 def test_wrong_settings_are_named(folder, arguments, message):
     with pytest.raises(ConfigError, match=message):
         load(folder, **arguments)
-
-
-def test_what_is_not_a_model_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"hf download Qwen/Qwen3\.5-35B-A3B$"):
-        LLM.load("Qwen/Qwen3.5-35B-A3B")
-    for wrong in (tmp_path / "nothing", "./nothing/here", "../nothing", "a/b/c", tmp_path, ""):
-        with pytest.raises(CheckpointError):
-            LLM.load(wrong)
-
-
-def test_downloaded_model_is_found_by_its_id(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    snapshots = tmp_path / "models--some--tiny" / "snapshots"
-    snapshots.mkdir(parents=True)
-    (snapshots / "abc123").symlink_to(folder)
-    (snapshots.parent / "refs").mkdir()
-    (snapshots.parent / "refs" / "main").write_text("abc123\n")
-    with load("some/tiny") as llm:
-        assert llm.runtime.folder == snapshots / "abc123"
 
 
 def test_wrong_requests(llm):

@@ -9,8 +9,6 @@ with LLM.load("path/to/model", ram="8GB") as llm:
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +17,7 @@ from typing import Any, Literal, Self, cast, overload
 import numpy as np
 import numpy.typing as npt
 
+from moestream.checkpoint.find import DEMO, find_model
 from moestream.config import CacheMode, RunConfig, parse_size
 from moestream.engine.engine import Ids, PromptProgress
 from moestream.engine.load import Progress, Runtime, load_runtime
@@ -29,7 +28,8 @@ from moestream.text.replies import Completion, Delta, Replies
 from moestream.text.tokenizer import Tokenizer, read_json
 from moestream.text.tools import parse_reply
 
-DEMO = "demo"
+__all__ = ["LLM", "find_model", "recommended_params"]
+
 Prompt = str | Ids
 Messages = Sequence[Mapping[str, Any]]
 
@@ -356,44 +356,6 @@ def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
 
 def _in_thought(rendered: str) -> bool:
     return rendered.rstrip().endswith("<think>")
-
-
-def find_model(model: str | Path) -> Path:
-    """The folder of a model.
-
-    Args:
-        model: ``"demo"`` for the one in the package, a folder, or the id of a model in the Hugging Face cache.
-
-    Raises:
-        CheckpointError: there is no such folder; says how to get it.
-    """
-    if model == DEMO:
-        folder = Path(__file__).with_name("demo")
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"the demo model is not part of this installation ({folder} has no config.json)")
-        return folder
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(model)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not folder.exists():
-        cached = _cached_model(name)
-        if cached is None:
-            raise CheckpointError(f"{name} is neither a folder nor downloaded; get it with: hf download {name}")
-        return cached
-    raise CheckpointError(f"{folder} is not a model folder (config.json and *.safetensors files)")
-
-
-def _cached_model(name: str) -> Path | None:
-    """The snapshot of a model that ``hf download`` has put into its cache."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    root = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
-    repository = root / f"models--{name.replace('/', '--')}"
-    try:
-        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text().strip()
-    except OSError:
-        return None
-    return snapshot if snapshot.is_dir() else None
 
 
 def recommended_params(folder: Path) -> SamplingParams:
