@@ -53,4 +53,5 @@ def _cached_model(name: str) -> Path | None:
 
 
 def _shown(name: str) -> str:
-    return repr(name) if len(name) <= SHOWN else f"{name[:SHOWN]!r}..."
+    short = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
+    return short if short.isprintable() else repr(short)
