@@ -31,8 +31,8 @@ class RunConfig:
     """Use fewer experts than the model was trained with (lossy)."""
     prefill_chunk: int = 512
     """Tokens of a prompt processed in one sweep over the layers."""
-    max_batch: int = 8
-    """Sequences decoded together."""
+    max_batch: int | None = None
+    """Sequences decoded together; None: up to 8, as long as their states leave most of the memory to the experts."""
     context: int | None = None
     """Tokens of state the budget must hold per sequence; None: min(model's limit, 8192)."""
     io_threads: int = 8

@@ -100,7 +100,7 @@ class LLM:
         exact: bool = False,
         active_experts: int | None = None,
         prefill_chunk: int = 512,
-        max_batch: int = 8,
+        max_batch: int | None = None,
         context: int | None = None,
         io_threads: int = 8,
         backend: Literal["auto", "cpu", "reference"] = "auto",
@@ -116,7 +116,7 @@ class LLM:
             exact: Float32 activations and KV cache.
             active_experts: Experts per token, fewer than the model's own (lossy, named in every receipt).
             prefill_chunk: Prompt tokens of one sweep.
-            max_batch: Sequences decoded together.
+            max_batch: Sequences decoded together; None: up to 8, see ``RunConfig``.
             context: Tokens a sequence may have; None: min(the model's limit, 8192).
             io_threads: Reads in flight.
             backend: ``auto`` takes the native one, or the numpy reference with a warning.

@@ -19,6 +19,8 @@ from moestream.ops.base import Ops
 from moestream.system import default_budget, rss
 
 DEFAULT_CONTEXT = 8192
+DEFAULT_BATCH = 8
+STATES_SHARE = 8  # an automatic batch leaves the experts seven eighths of what they could have without it
 FLOAT32 = 4
 LIVE_RESIDUALS = 6  # arrays [T, H] alive at once: residual, normed, mixer or shared output, their sums, kernel copies
 RUNTIME_NBYTES = 48 << 20  # interpreter growth, thread stacks and kernel scratch after the plan is made
@@ -34,7 +36,7 @@ class MemoryPlan:
     dense: int
     """Weights that stay resident, as the backend holds them."""
     states: int
-    """KV caches and delta-net states of ``max_batch`` sequences of ``context`` tokens."""
+    """KV caches and delta-net states of ``max_batch`` sequences of ``context`` tokens each."""
     scratch: int
     """Activations, expert outputs and logits of the largest step."""
     slot_nbytes: int
@@ -46,6 +48,7 @@ class MemoryPlan:
     """Routed experts of all layers."""
     context: int
     max_batch: int
+    """As asked for, or chosen."""
     token_nbytes: int
     """Expert bytes that a token touches, over all layers."""
 
@@ -88,20 +91,25 @@ def plan_memory(
     active = run.active_experts or config.moe.active
     tables = weights.experts
     slot = slot_nbytes(list(tables.values()))
-    fixed = {
-        "baseline": rss() + RUNTIME_NBYTES,
-        "dense": _dense_nbytes(weights, ops),
-        "states": run.max_batch * (context * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)),
-        "scratch": _scratch_nbytes(config, run, active),
-    }
+    resident = {"baseline": rss() + RUNTIME_NBYTES, "dense": _dense_nbytes(weights, ops)}
+    sequence = context * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)
+
+    def with_batch(batch: int) -> dict[str, int]:
+        scratch = _scratch_nbytes(config, run.prefill_chunk, batch, active)
+        return {**resident, "states": batch * sequence, "scratch": scratch}
+
+    batch = run.max_batch or DEFAULT_BATCH
+    while run.max_batch is None and batch > 1 and not _leaves_room(budget, with_batch(batch)):
+        batch -= 1
+    fixed = with_batch(batch)
     experts = len(tables) * config.moe.experts
     minimum = active if tables else 0
     left = budget - sum(fixed.values())
     if left < minimum * slot:
-        raise _too_small(budget, fixed, minimum * slot, run, context)
+        raise _too_small(budget, fixed, minimum * slot, batch, context)
     wanted = experts
     if run.cache != "arena" and tables:  # slots only receive the reads of one layer; the rest is the OS's or nobody's
-        wanted = min(config.moe.experts, max(active * run.max_batch, run.io_threads))
+        wanted = min(config.moe.experts, max(active * batch, run.io_threads))
     return MemoryPlan(
         budget=budget,
         **fixed,
@@ -110,7 +118,7 @@ def plan_memory(
         slots_minimum=minimum,
         experts=experts,
         context=context,
-        max_batch=run.max_batch,
+        max_batch=batch,
         token_nbytes=active * sum(t.layout.nbytes for t in tables.values()),
     )
 
@@ -126,25 +134,29 @@ def _dense_nbytes(weights: WeightMap, ops: Ops) -> int:
     return total
 
 
-def _scratch_nbytes(config: ModelConfig, run: RunConfig, active: int) -> int:
+def _leaves_room(budget: int, fixed: dict[str, int]) -> bool:
+    """Whether the states of a batch are small beside what they take from."""
+    return STATES_SHARE * fixed["states"] <= budget - sum(fixed.values()) + fixed["states"]
+
+
+def _scratch_nbytes(config: ModelConfig, chunk: int, batch: int, active: int) -> int:
     """Activations of the largest step: one prompt chunk beside a full batch of decoding rows."""
     a, d, m = config.attention, config.delta_net, config.moe
     attention = (2 + a.gated) * a.heads * a.head_dim + 2 * a.kv_heads * a.head_dim
     delta_net = 0 if d is None else 2 * d.channels + 3 * d.values
     mlp = 3 * max(m.shared_intermediate, config.dense_intermediate) + active * (config.hidden_size + 2 * m.intermediate)
     row = LIVE_RESIDUALS * config.hidden_size + max(attention, delta_net, mlp + m.experts)
-    rows = run.prefill_chunk + run.max_batch
-    return FLOAT32 * (rows * row + 2 * run.max_batch * config.vocab_size)
+    return FLOAT32 * ((chunk + batch) * row + 2 * batch * config.vocab_size)
 
 
-def _too_small(budget: int, fixed: dict[str, int], slots: int, run: RunConfig, context: int) -> BudgetError:
+def _too_small(budget: int, fixed: dict[str, int], slots: int, batch: int, context: int) -> BudgetError:
     """Say what is needed, and for each part that can shrink, by which flag."""
     need = sum(fixed.values()) + slots
     return BudgetError(
         f"the memory budget is {format_size(budget)}, but at least {format_size(need)} are needed:\n"
         f"  {format_size(fixed['baseline'])} process\n"
         f"  {format_size(fixed['dense'])} resident weights\n"
-        f"  {format_size(fixed['states'])} states of {run.max_batch} sequences of {context} tokens"
+        f"  {format_size(fixed['states'])} states of {batch} sequences of {context} tokens"
         " (lower --context or --max-batch)\n"
         f"  {format_size(fixed['scratch'])} working memory (lower --prefill-chunk or --max-batch)\n"
         f"  {format_size(slots)} expert slots for one token\n"

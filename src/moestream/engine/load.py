@@ -105,7 +105,7 @@ def load_runtime(
         vocab_size=config.vocab_size,
         context=plan.context,
         eos_ids=eos_ids | set(config.eos_ids),
-        max_batch=run.max_batch,
+        max_batch=plan.max_batch,
         prefill_chunk=run.prefill_chunk,
         counters=lambda: _counters(store),
         recover=store.reset,
