@@ -7,7 +7,7 @@ from typing import Any
 from moestream.cli import options
 from moestream.cli.output import Interrupt, note
 from moestream.cli.run import load, write_stream
-from moestream.errors import RequestError
+from moestream.errors import MoestreamError
 
 
 def chat(
@@ -41,7 +41,9 @@ def chat(
                 with Interrupt(llm.cancel):
                     try:
                         reply, last = write_stream(llm.stream_chat(messages, **sampling))
-                    except RequestError as error:  # the conversation may have outgrown the context
+                    except (
+                        MoestreamError
+                    ) as error:  # a full context, a failed read, a template that refuses: the next may do
                         note(f"moestream: {error}")
                         messages.pop()
                         continue
