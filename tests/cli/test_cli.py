@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +35,38 @@ def test_run_reads_stdin_and_gives_the_same_answer(run, model):
     argument = run("run", "--model", model, "hello", *SAMPLING)
     stdin = run("run", "--model", model, *SAMPLING, input="hello")
     assert stdin.stdout == argument.stdout
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "message"),
+    [
+        ("fox " * 75, 0, "reply     8 tokens"),
+        ("/" * 5000, 1, "the prompt has"),
+        ("\udcff", 1, "the text is not valid Unicode"),
+    ],
+    ids=["300 characters", "5000 slashes", "not UTF-8"],
+)
+def test_run_takes_any_argument(run, model, prompt, status, message):
+    result = run("run", "--model", model, prompt, "--context", 4000, *SAMPLING)
+    assert result.returncode == status, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_prompt_beyond_the_context_is_one_clear_line(run, model):
+    result = run("run", "--model", model, "--raw", "--context", 4000, *SAMPLING, input="a long report " * 7200)
+    assert result.returncode == 1
+    assert "the prompt has 100800 tokens, but the context of 4000" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_stdin_that_is_not_text_is_one_clear_line(model):
+    command = [sys.executable, "-m", "moestream", "run", "--model", str(model)]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    result = subprocess.run(command, input=b"\xff\xfe\x00", capture_output=True, timeout=60, check=False, env=env)
+    assert result.returncode == 2
+    assert b"the prompt on stdin is not text" in result.stderr
+    assert b"Traceback" not in result.stderr
 
 
 def test_raw_skips_the_chat_template(run, model):
@@ -145,6 +179,21 @@ def test_chat_keeps_history_and_ends_with_bye(run, model):
     assert replies[0] == replies[3]
     assert replies[0].strip()
     assert result.stderr.count("tok/s]") == 3
+
+
+def test_chat_goes_on_after_an_error(run, model, tmp_path):
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    refusing = "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('no bad words') }}{% endif %}"
+    refusing += "{{ m.content }}{% endfor %}:"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": refusing}))
+    result = run(
+        "chat", "--model", tmp_path, "--context", 400, *SAMPLING, input=f"hello\nbad\n{'x' * 500}\nmore\n/bye\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "no bad words" in result.stderr
+    assert "the prompt has" in result.stderr
+    assert result.stderr.count("tok/s]") == 2  # hello and more: what failed left the conversation
+    assert "Traceback" not in result.stderr
 
 
 def test_inspect_names_what_matters(run):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -125,9 +125,12 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None:
         if sys.stdin.isatty():
             note("Type the prompt and end it with Ctrl-D:")
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the prompt on stdin is not text: {error}") from error
+    elif os.path.isfile(os.path.join(prompt, "config.json")):  # unlike Path's, not troubled by what no path can be
+        raise ConfigError(f"{prompt} is a model folder, not a prompt; write: moestream run PROMPT --model {prompt}")
     if not prompt.strip():
         raise ConfigError('there is no prompt; write for example: moestream run "Tell me a story about a fox"')
-    if (Path(prompt) / "config.json").is_file():
-        raise ConfigError(f"{prompt} is a model folder, not a prompt; write: moestream run PROMPT --model {prompt}")
     return prompt
