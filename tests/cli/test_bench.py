@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 from golden_models import FOLDER
 
 from moestream.bench.ceilings import ComputeRates
 from moestream.bench.demand import token_demand
+from moestream.bench.measure import CountingReader
 from moestream.bench.report import floor_seconds
 from moestream.checkpoint.index import open_checkpoint
 from moestream.models.registry import parse_config
@@ -34,7 +36,10 @@ def test_synthetic_bench_is_consistent_and_reuses_its_checkpoint(run, tmp_path):
     prefill, decode = facts["prefill"], facts["decode"]
     assert (prefill["tokens"], prefill["chunks"]) == (24, 2)
     assert prefill["each_expert_read_at_most_once"]
-    assert 0 < prefill["reads_per_expert"] <= 1
+    assert prefill["most_reads_of_an_expert_in_a_chunk"] == 1
+    assert 0 < prefill["experts_read"] <= prefill["experts_asked"]
+    warm = facts["prefill_warm"]  # every expert fits into 400 MB
+    assert (warm["tokens"], warm["experts_read"], warm["bytes_read"], warm["hit_rate"]) == (24, 0, 0, 1)
     assert decode["tokens"] == 6
     assert facts["warmup"] == 8
     floor = decode["floor_seconds"][decode["limit"]]
@@ -47,7 +52,9 @@ def test_synthetic_bench_is_consistent_and_reuses_its_checkpoint(run, tmp_path):
     assert "wrote" not in second.stderr
     assert (tmp_path / "tiny-qwen3.5-4layers" / "config.json").stat().st_mtime_ns == written
     assert len(second.stdout.splitlines()) == 1
-    nothing = json.loads(second.stdout)["decode"]
+    uncached = json.loads(second.stdout)
+    assert uncached["prefill_warm"] is None
+    nothing = uncached["decode"]
     assert nothing["hit_rate"] == 0  # without a cache every expert is read again
     assert nothing["bytes_read_per_token"] > decode["bytes_read_per_token"]
 
@@ -66,6 +73,24 @@ def test_bench_errors(run, args, status, message):
     result = run("bench", *args)
     assert result.returncode == status
     assert message in result.stderr
+
+
+class Sink:
+    """Takes every batch, as a reader that is infinitely fast."""
+
+    def submit(self, ranges, prefetch=False):
+        pass
+
+
+def test_an_expert_read_twice_in_a_chunk_is_seen_whatever_the_average_says():
+    reader = CountingReader(Sink())
+    a, b = ([[0, offset, 64, 0, ticket], [0, offset + 64, 8, 0, ticket]] for offset, ticket in ((0, 7), (4096, 8)))
+    reader.submit(np.array([*a, *b]))
+    reader.submit(np.array([[*row[:4], 9] for row in b]))
+    assert sorted(reader.take()) == [1, 2]
+    reader.submit(np.array(b))  # the next chunk may read it again
+    assert reader.take() == [1]
+    assert reader.take() == []
 
 
 def test_demand_counts_what_a_token_touches():

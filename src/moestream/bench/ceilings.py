@@ -62,6 +62,18 @@ def native() -> Any:
         raise BackendError(f"the native module is not installed: {INSTALL} ({error})") from error
 
 
+def active_isa() -> str:
+    """The instruction set that the kernels use.
+
+    Raises:
+        BackendError: the native module was not built, or MOESTREAM_ISA names no instruction set.
+    """
+    try:
+        return str(native().active_isa())
+    except ValueError as error:
+        raise BackendError(str(error)) from error
+
+
 def compute_rates(threads: int) -> ComputeRates:
     """Probe memory and arithmetic with ``threads`` threads, for about a second.
 

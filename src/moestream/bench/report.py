@@ -94,13 +94,13 @@ def prefill_facts(
     touched = chunks * demand.dense_bytes + phase.distinct * expert_bytes
     flops = phase.tokens * (demand.flops - demand.head_flops) + demand.head_flops
     floors = floor_seconds(phase.io.bytes_read, touched, flops, disk, compute, exact)
-    reads = phase.bytes_asked / (phase.distinct * expert_bytes) if phase.distinct else 0.0
     return {
         **phase_facts(phase, floors),
         "chunks": chunks,
         "experts_asked": phase.distinct,
-        "reads_per_expert": reads,
-        "each_expert_read_at_most_once": reads <= 1.0,
+        "experts_read": phase.expert_reads,
+        "most_reads_of_an_expert_in_a_chunk": phase.most_reads,
+        "each_expert_read_at_most_once": phase.most_reads <= 1,
     }
 
 
@@ -115,6 +115,9 @@ def phase_lines(name: str, f: dict[str, Any]) -> list[str]:
         f"           read {format_size(per_token)} a token; hit rate {100 * f['hit_rate']:.1f} %, "
         f"{100 * f['overlap']:.0f} % of I/O hidden, waited {f['stall_seconds']:.2f} of {f['seconds']:.2f} s",
     ]
-    if "reads_per_expert" in f:
-        lines.append(f"           {f['reads_per_expert']:.3f} reads per expert and chunk (at most 1)")
+    if "experts_asked" in f:
+        lines.append(
+            f"           {f['experts_asked']} experts needed, {f['experts_read']} read, "
+            f"none more than {f['most_reads_of_an_expert_in_a_chunk']} times in a chunk"
+        )
     return lines
