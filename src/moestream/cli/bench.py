@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from moestream.cli import options
-from moestream.cli.output import note, progress
+from moestream.cli.output import Bar, byte_amount, note
 from moestream.config import RunConfig
 from moestream.errors import ConfigError
 
@@ -64,16 +64,18 @@ def bench(
     if synthetic is None:
         path = find_model(str(model))
     else:
-        with progress(f"Writing {synthetic}") as update:
-            path, written = synthetic_folder(synthetic, layers, folder, update)
+        with Bar(byte_amount) as bar:
+            path, written = synthetic_folder(
+                synthetic, layers, folder, lambda done, total: bar.update(f"Writing {synthetic}", done, total)
+            )
         if written:
             note(f"wrote {path}; delete the folder when you are done")
-    with progress(f"Loading {path.name}") as update:
-        facts = run_bench(
-            path,
-            run,
-            settings,
-            say=(lambda line: None) if json_only else print,
-            progress=lambda _what, done, total: update(done, total),
-        )
+    with Bar(byte_amount) as bar:
+
+        def say(line: str) -> None:
+            bar.hide()
+            if not json_only:
+                print(line, flush=True)
+
+        facts = run_bench(path, run, settings, say, bar.update)
     print(json.dumps(facts))

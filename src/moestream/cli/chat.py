@@ -38,9 +38,13 @@ def chat(
                 messages.clear()
             elif text:
                 messages.append({"role": "user", "content": text})
-                with Interrupt(llm.cancel):
+                with Interrupt(llm.cancel) as interrupt:
                     try:
-                        reply, last = write_stream(llm.stream_chat(messages, **sampling))
+                        stream = llm.stream_chat(messages, **sampling)
+                        if interrupt.asked:  # before there was a request to cancel
+                            messages.pop()
+                            continue
+                        reply, last = write_stream(llm, stream)
                     except (
                         MoestreamError
                     ) as error:  # a full context, a failed read, a template that refuses: the next may do

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from moestream.config import format_size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 INTERRUPTED = 130
 """Exit status of a command ended by Ctrl-C, as shells expect."""
@@ -24,37 +28,72 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     note(f"moestream: warning: {message}")
 
 
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for work that takes over a second, on terminals only.
+class Bar:
+    """What goes on, on stderr: on terminals only, once it has taken over a second, and gone afterwards."""
 
-    Yields:
-        A function to call with (bytes done, bytes in all).
-    """
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    def __init__(self, amount: Callable[[int, int], str] = lambda done, total: "") -> None:
+        """Nothing is shown before ``update``.
 
-    start = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(title, total=None)
-    shown = False
+        Args:
+            amount: Words for (done, total).
+        """
+        self._amount = amount
+        self._timer: threading.Timer | None = None
+        self._shown: tuple[Progress, TaskID] | None = None
+        self._now: dict[str, Any] = {}
 
-    def update(done: int, total: int) -> None:
-        nonlocal shown
-        if not shown and time.monotonic() - start > 1.0:
-            shown = True
-            bar.start()
-        bar.update(task, completed=done, total=total)
+    def __enter__(self) -> Bar:
+        return self
 
-    try:
-        yield update
-    finally:
-        if shown:
-            bar.stop()
+    def __exit__(self, *_: object) -> None:
+        self.hide()
+
+    def update(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Say what goes on and how far it is; a total of 0 is unknown."""
+        amount = self._amount(done, total) if total else ""
+        self._now = {"description": what, "completed": done, "total": total or None, "amount": amount}
+        if self._shown is not None:
+            bar, task = self._shown
+            bar.update(task, **self._now)
+        elif self._timer is None and sys.stderr.isatty():
+            self._timer = threading.Timer(1.0, self._show)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def hide(self) -> None:
+        """Take the bar off the terminal, as before every other output; the next ``update`` counts as a new wait."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+        if self._shown is not None:
+            self._shown[0].stop()
+        self._timer = self._shown = None
+
+    def _show(self) -> None:
+        """Runs in the timer's thread, because nobody may call ``update`` for long."""
+        from rich.console import Console  # noqa: PLC0415
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+        what, amount = (TextColumn("{task." + field + "}", markup=False) for field in ("description", "fields[amount]"))
+        bar = Progress(
+            *(what, BarColumn(), amount, TimeRemainingColumn()),
+            console=Console(stderr=True),
+            transient=True,
+            refresh_per_second=4,
+            redirect_stdout=False,  # it would go to stderr
+        )
+        self._shown = bar, bar.add_task(**self._now)
+        bar.start()
+
+
+def byte_amount(done: int, total: int) -> str:
+    """``Bar`` of something counted in bytes."""
+    return f"{format_size(done)} of {format_size(total)}"
+
+
+def percent(done: int, total: int) -> str:
+    """``Bar`` of something whose unit says nothing to people."""
+    return f"{100 * done // total} %"
 
 
 class Interrupt:

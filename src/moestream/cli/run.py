@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moestream.cli import options
-from moestream.cli.output import INTERRUPTED, Interrupt, note, progress
+from moestream.cli.output import INTERRUPTED, Bar, Interrupt, byte_amount, note, percent
 from moestream.config import CacheMode
 from moestream.errors import ConfigError
 
@@ -68,7 +68,9 @@ def run(
             stream = llm.stream(text, **sampling)
         else:
             stream = llm.stream_chat([{"role": "user", "content": text}], **sampling)
-        reply, last = write_stream(stream, quiet=as_json)
+        if interrupt.asked:  # before there was a request to cancel
+            raise typer.Exit(INTERRUPTED)
+        reply, last = write_stream(llm, stream, quiet=as_json)
     receipt = last.receipt
     assert receipt is not None  # the last delta has one
     if as_json:
@@ -92,7 +94,8 @@ def load(
     """Load a model for one sequence at a time, with a progress bar."""
     from moestream.llm import LLM  # noqa: PLC0415
 
-    with progress(f"Loading {model}") as update:
+    with Bar(byte_amount) as bar:
+        bar.update(f"Loading {model}")
         return LLM.load(
             model,
             ram=ram,
@@ -103,14 +106,14 @@ def load(
             context=context,
             prefill_chunk=prefill_chunk,
             max_batch=1,
-            progress=lambda _what, done, total: update(done, total),
+            progress=lambda _what, done, total: bar.update(f"Loading {model}", done, total),
         )
 
 
-def write_stream(stream: Iterator[Delta], quiet: bool = False) -> tuple[str, Delta]:
+def write_stream(llm: LLM, stream: Iterator[Delta], quiet: bool = False) -> tuple[str, Delta]:
     """Print a reply as it comes; returns its text and the last delta."""
     parts: list[str] = []
-    for delta in stream:
+    for delta in _with_bar(llm, stream):
         parts.append(delta.text)
         if delta.text and not quiet:
             sys.stdout.write(delta.text)
@@ -118,6 +121,19 @@ def write_stream(stream: Iterator[Delta], quiet: bool = False) -> tuple[str, Del
     if not quiet:
         print(flush=True)
     return "".join(parts), delta
+
+
+def _with_bar(llm: LLM, stream: Iterator[Delta]) -> Iterator[Delta]:
+    """The deltas; while the first is computed, a bar says how much of the prompt has been read."""
+    with Bar(percent) as bar:
+        bar.update("Reading the prompt")
+        llm.on_progress = lambda done, total: bar.update("Reading the prompt", done, total)
+        try:
+            first = next(stream)
+        finally:
+            llm.on_progress = None
+    yield first
+    yield from stream
 
 
 def _read_prompt(prompt: str | None) -> str:
