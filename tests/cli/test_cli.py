@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,9 @@ import sys
 import pytest
 from golden_models import FOLDER
 
+needs_native = pytest.mark.skipif(
+    importlib.util.find_spec("moestream._native") is None, reason="the native module reads MOESTREAM_ISA"
+)
 SAMPLING = ("--max-tokens", 8, "--temperature", 0)
 
 
@@ -260,6 +264,16 @@ def test_doctor_rejects_a_missing_folder(run):
     result = run("doctor", "/nowhere")
     assert result.returncode == 1
     assert "/nowhere: is not a folder" in result.stderr
+
+
+@needs_native
+def test_doctor_and_bench_name_a_wrong_instruction_set(run, monkeypatch):
+    monkeypatch.setenv("MOESTREAM_ISA", "sse9")
+    for command in (("doctor", "--no-disk"), ("bench", "demo")):
+        result = run(*command)
+        assert result.returncode == 1
+        assert result.stderr.startswith("moestream: MOESTREAM_ISA must be ")
+        assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_startup_imports_nothing_heavy():

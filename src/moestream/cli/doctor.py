@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moestream.cli import options
+from moestream.cli.output import Bar
 from moestream.config import format_size
 
 PROBE_SECONDS = 1.0
@@ -24,7 +25,9 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Show CPU, memory, disk speed and backends, and how to fix what is slow."""
-    facts = examine(folder, disk)
+    with Bar() as bar:
+        bar.update("Measuring the disk")
+        facts = examine(folder, disk)
     print(json.dumps(facts, indent=2) if as_json else "\n".join(lines(facts)))
 
 
@@ -33,7 +36,7 @@ def examine(folder: Path, probe: bool) -> dict[str, Any]:
     from importlib.metadata import version  # noqa: PLC0415
 
     from moestream import system  # noqa: PLC0415
-    from moestream.bench.ceilings import INSTALL, native  # noqa: PLC0415
+    from moestream.bench.ceilings import INSTALL, active_isa, native  # noqa: PLC0415
     from moestream.errors import BackendError, CheckpointError  # noqa: PLC0415
 
     if not folder.is_dir():
@@ -71,7 +74,7 @@ def examine(folder: Path, probe: bool) -> dict[str, Any]:
         facts["backends"] = _backends("slow fallback: the native kernels are not installed")
         facts["fix"] = INSTALL
         return facts
-    facts["cpu"] |= {"isa": module.active_isa(), "isa_supported": list(module.supported_isas())}
+    facts["cpu"] |= {"isa": active_isa(), "isa_supported": list(module.supported_isas())}
     facts["backends"] = _backends(None)
     if probe:
         facts["disk"] |= _probe(folder)
