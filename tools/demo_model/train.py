@@ -75,7 +75,7 @@ def shape(progress: float, warm: float = 0.02, flat: float = 0.4) -> float:
     return 1.0 if progress < flat else 1.0 - 0.95 * (progress - flat) / (1 - flat)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the OUT of pack.py")
     parser.add_argument("--tokenizer", type=Path, required=True)
@@ -94,7 +94,24 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--adam-only", action="store_true", help="no Muon: to compare")
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def optimisers(
+    named: list[tuple[str, nn.Parameter]], lr_rest: float, adam_only: bool
+) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the matrices of the layers, AdamW for embeddings, routers, gates and vectors."""
+    by_adam = ("embed_tokens", "mlp.gate.", "shared_expert_gate", "in_proj_a", "in_proj_b", "conv1d")
+    matrices = [p for n, p in named if p.dim() >= 2 and not adam_only and not any(key in n for key in by_adam)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    muon = Muon(matrices, {id(p) for n, p in named if "gate_up_proj" in n})
+    adam = torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.95), weight_decay=0.0, fused=rest[0].is_cuda)
+    return muon, adam
+
+
+def main() -> None:
+    args = arguments()
     began = time.time()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -107,12 +124,7 @@ def main() -> None:
         for layer in model.layers:  # by layer: two graphs to compile instead of one of twelve layers
             layer.compile(dynamic=False)
     named = list(model.named_parameters())
-    by_adam = ("embed_tokens", "mlp.gate.", "shared_expert_gate", "in_proj_a", "in_proj_b", "conv1d")
-    matrices = [p for n, p in named if p.dim() >= 2 and not args.adam_only and not any(key in n for key in by_adam)]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    muon = Muon(matrices, {id(p) for n, p in named if "gate_up_proj" in n})
-    adam = torch.optim.AdamW(rest, lr=args.lr_rest, betas=(0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
+    muon, adam = optimisers(named, args.lr_rest, args.adam_only)
     fake = FakeQuant(named)
     print(f"{sum(p.numel() for _, p in named)} parameters, {len(ids_all)} rows", flush=True)
 
