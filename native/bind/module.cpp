@@ -23,7 +23,9 @@ NB_MODULE(_native, m) {
         return names;
     });
     m.def("set_active_isa", [](const std::string& name) { set_active_isa(name); }, nb::arg("name"));
-    m.def("set_threads", &set_threads, nb::arg("threads"));
+    m.def(
+        "set_threads", [](int threads) { pool().resize(threads); }, nb::arg("threads"),
+        nb::call_guard<nb::gil_scoped_release>());
     m.def("threads", [] { return pool().size(); });
     bind_io(m);
     bind_matrix(m);

@@ -1,7 +1,8 @@
 #include "cpu/pool.h"
 
 #include <chrono>
-#include <memory>
+#include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,17 +40,22 @@ constexpr uint64_t kEntered = 1 << 15;  // bits 15..30: members that have entere
 constexpr uint64_t kClosed = 1U << 31;  // no member may enter any more
 constexpr uint64_t kTask = uint64_t{1} << 32;
 
+constexpr int kMaxThreads = 1024;  // within the 15 bits of members inside
+
 uint64_t task_of(uint64_t state) { return state / kTask; }
 uint64_t inside(uint64_t state) { return state % kEntered; }
 uint64_t entered(uint64_t state) { return state % kClosed / kEntered; }
 
 }  // namespace
 
-Pool::Pool(int threads) : state_(kClosed) {
-    for (int member = 1; member < threads; ++member) workers_.emplace_back([this, member] { work(member); });
-}
+Pool::Pool() : state_(kClosed) {}
 
-Pool::~Pool() {
+void Pool::resize(int threads) {
+    if (threads < 1 || threads > kMaxThreads)
+        throw std::invalid_argument("threads must be between 1 and " + std::to_string(kMaxThreads) + ", got " +
+                                    std::to_string(threads));
+    std::lock_guard caller(callers_);
+    if (threads == size()) return;
     {
         std::lock_guard lock(mutex_);
         stop_.store(true);
@@ -57,6 +63,13 @@ Pool::~Pool() {
     }
     wake_.notify_all();
     for (auto& worker : workers_) worker.join();
+    workers_.clear();
+    stop_.store(false);
+    size_.store(1);
+    for (int member = 1; member < threads; ++member) {
+        workers_.emplace_back([this, member] { work(member); });
+        size_.store(member + 1);  // true also if the next one cannot be started
+    }
 }
 
 void Pool::run_raw(Raw body, void* context, bool wait_for_all) {
@@ -107,17 +120,9 @@ void Pool::work(int member) {
     }
 }
 
-namespace {
-std::unique_ptr<Pool>& holder() {
-    static std::unique_ptr<Pool> instance = std::make_unique<Pool>(1);
+Pool& pool() {
+    static Pool& instance = *new Pool;
     return instance;
-}
-}  // namespace
-
-Pool& pool() { return *holder(); }
-
-void set_threads(int threads) {
-    if (threads != pool().size()) holder() = std::make_unique<Pool>(threads);
 }
 
 }  // namespace moestream

@@ -3,7 +3,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <functional>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -11,16 +10,19 @@
 
 namespace moestream {
 
-// Thread rule: `run` may be called by one thread at a time (callers are serialised by a mutex);
-// the body runs on every member at once and must not throw or call back into the pool.
+// Thread rule: any thread may call any member function (callers are serialised by a mutex); the body
+// runs on every member at once and must not throw or call back into the pool.
 class Pool {
 public:
-    explicit Pool(int threads);
-    ~Pool();
+    Pool();
+    ~Pool() = delete;  // lives as long as the process: other threads may be in it until the very end
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    int size() const { return static_cast<int>(workers_.size()) + 1; }
+    int size() const { return size_.load(std::memory_order_relaxed); }
+
+    // Waits for what is running. Throws std::invalid_argument unless 1 <= threads <= 1024.
+    void resize(int threads);
 
     // Calls body(member, size()) on every member and returns when all are done.
     template <class Body>
@@ -35,7 +37,7 @@ public:
     void parallel_for(int64_t count, int64_t grain, Body&& body) {
         if (count <= 0) return;
         if (grain < 1) grain = 1;
-        if (workers_.empty() || count <= grain) {
+        if (size() == 1 || count <= grain) {
             body(int64_t{0}, count);
             return;
         }
@@ -59,8 +61,9 @@ private:
     void run_raw(Raw body, void* context, bool wait_for_all);
     void work(int member);
 
-    std::vector<std::thread> workers_;
     std::mutex callers_;
+    std::vector<std::thread> workers_;  // changed only under callers_
+    std::atomic<int> size_{1};
     std::mutex mutex_;
     std::condition_variable wake_;
     // One word, so that entering a task and closing it exclude each other: the task's number in the high half,
@@ -72,8 +75,7 @@ private:
     void* context_ = nullptr;
 };
 
-// The process's pool; made with 1 thread until set_threads is called.
+// The process's pool; it has 1 thread until it is resized.
 Pool& pool();
-void set_threads(int threads);
 
 }  // namespace moestream
