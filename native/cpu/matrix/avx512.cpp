@@ -1,4 +1,4 @@
-// AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later).
+// AVX-512 with VNNI (Cascade Lake, Zen 4 and later).
 #include <immintrin.h>
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -161,7 +161,8 @@ struct Codes<8> {
     static void split(VB codes, VB* out) { out[0] = codes; }
 };
 
-// 2, 3 and 6 bits: eight codes are Bits bytes; they go to one 64-bit lane each and are shifted apart there.
+// 2, 3 and 6 bits: a 128-bit block gets the doublewords with its 16 codes, a word of it the two bytes with its 2 codes,
+// which are shifted apart there.
 template <int Bits>
 struct Codes {
     static constexpr int kVectors = 1;
@@ -169,20 +170,29 @@ struct Codes {
     static constexpr int kBytes = 8 * Bits;
     static VB load(const uint8_t* p) { return load_n(p, kBytes); }
     static VB load_n(const uint8_t* p, int n) {
-        alignas(64) static constexpr auto kIndex = [] {
-            struct Table {
-                uint8_t v[64];
-            } table{};
-            for (int i = 0; i < 64; ++i) table.v[i] = static_cast<uint8_t>(i / 8 * Bits + (i % 8 < Bits ? i % 8 : 0));
-            return table;
+        struct Tables {
+            uint32_t doublewords[16];
+            uint8_t bytes[64];
+            uint16_t shifts[32];
+        };
+        alignas(64) static constexpr Tables kTables = [] {
+            Tables t{};
+            for (int i = 0; i < 16; ++i) t.doublewords[i] = static_cast<uint32_t>(i / 4 * 2 * Bits / 4 + i % 4) % 16;
+            for (int word = 0; word < 32; ++word) {
+                const int block_start = word / 8 * 2 * Bits % 4;  // of the block's codes in its first doubleword
+                const int bit = 8 * block_start + word % 8 * 2 * Bits;
+                t.bytes[2 * word] = static_cast<uint8_t>(bit / 8);
+                t.bytes[2 * word + 1] = static_cast<uint8_t>(bit / 8 + 1);
+                t.shifts[word] = static_cast<uint16_t>(bit % 8);
+            }
+            return t;
         }();
-        const __m512i shifts = _mm512_set1_epi64([] {
-            uint64_t v = 0;
-            for (int i = 0; i < 8; ++i) v |= static_cast<uint64_t>(i * Bits) << (8 * i);
-            return static_cast<int64_t>(v);
-        }());
-        const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(kIndex.v), load_bytes_n(p, n));
-        return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, lanes), _mm512_set1_epi8((1 << Bits) - 1));
+        const __m512i blocks = _mm512_permutexvar_epi32(_mm512_load_si512(kTables.doublewords), load_bytes_n(p, n));
+        const __m512i words = _mm512_srlv_epi16(_mm512_shuffle_epi8(blocks, _mm512_load_si512(kTables.bytes)),
+                                                _mm512_load_si512(kTables.shifts));
+        const __m512i even = _mm512_and_si512(words, _mm512_set1_epi16((1 << Bits) - 1));
+        const __m512i odd = _mm512_set1_epi16(((1 << Bits) - 1) << 8);
+        return _mm512_or_si512(even, _mm512_and_si512(_mm512_slli_epi16(words, 8 - Bits), odd));
     }
     static void split(VB codes, VB* out) { out[0] = codes; }
 };
