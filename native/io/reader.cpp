@@ -89,6 +89,7 @@ void Reader::enqueue(const Range& range, std::deque<Job>& queue) {
 
 void Reader::submit(const Range* ranges, int64_t count, bool prefetch) {
     int64_t asked = 0;
+    size_t pieces = 0;
     {
         std::lock_guard lock(mutex_);
         if (closed_) throw std::invalid_argument("the reader is closed");
@@ -97,17 +98,20 @@ void Reader::submit(const Range* ranges, int64_t count, bool prefetch) {
             if (tickets_.contains(ranges[i].ticket))
                 throw std::invalid_argument("ticket " + std::to_string(ranges[i].ticket) + " is already outstanding");
         }
+        std::deque<Job>& queue = prefetch ? prefetch_ : demand_;
+        const size_t queued = queue.size();
         for (int64_t i = 0; i < count; ++i) {
             tickets_.try_emplace(ranges[i].ticket);
-            enqueue(ranges[i], prefetch ? prefetch_ : demand_);
+            enqueue(ranges[i], queue);
             asked += ranges[i].nbytes;
         }
+        pieces = queue.size() - queued;
     }
     {
         std::lock_guard lock(disk_mutex_);
         counters_.bytes_asked += asked;
     }
-    if (count == 1)
+    if (pieces == 1)
         work_ready_.notify_one();
     else
         work_ready_.notify_all();
