@@ -96,3 +96,34 @@ def test_cancel_ends_replies_with_what_they_have(llm):
     assert deltas[-1].finish_reason == "cancelled"
     assert 0 < deltas[-1].receipt.new_tokens < GREEDY
     assert llm.generate("abc", GREEDILY).text.startswith(text)
+
+
+def test_a_cancel_before_the_first_token_is_kept(llm):
+    stream = llm.stream("abc", GREEDILY)
+    llm.cancel()
+    text, deltas = fresh(stream)
+    assert (text, len(deltas)) == ("", 1)
+    assert deltas[0].finish_reason == "cancelled"
+    assert deltas[0].receipt.new_tokens == 0
+    assert llm.generate("abc", GREEDILY).finish_reason == "length"  # asked for afterwards
+
+
+def test_threads_that_stream_take_turns(llm):
+    tokens, ready, lead = 200, threading.Barrier(2), {}
+    counts = [0, 0]
+
+    def read(me):
+        stream = llm.stream("abc", GREEDILY, max_tokens=tokens)
+        next(stream)
+        ready.wait(60)
+        for _ in stream:
+            counts[me] += 1
+        lead.setdefault("other", counts[1 - me])  # of the first to end
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert counts == [tokens - 1] * 2
+    assert lead["other"] > tokens // 10

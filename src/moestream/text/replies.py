@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from moestream.engine.sequence import Sequence as EngineSequence
 from moestream.errors import MoestreamError, RequestError
 from moestream.text.tokenizer import TextStream, Tokenizer
 from moestream.text.tools import ParsedReply
+from moestream.text.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,8 @@ class _Reply:
 
     sequence: EngineSequence
     text: TextStream | None
+    asked: int
+    """How often everything had been cancelled when it was asked for."""
     pending: deque[Delta] = field(default_factory=deque)
     ended: bool = False
     """The last delta has been queued."""
@@ -62,7 +64,7 @@ class _Reply:
 class Replies:
     """Runs requests and turns their tokens into text. Thread-safe.
 
-    Whoever waits for a token runs a step for all, so that concurrent requests share the experts they read.
+    Of those who wait for a token one runs a step for all, so that concurrent requests share the experts they read.
     """
 
     def __init__(
@@ -71,17 +73,17 @@ class Replies:
         """Serve an engine.
 
         Args:
-            engine: Used by this object only, under ``lock``.
+            engine: Used under ``lock`` only.
             tokenizer: None: every text is empty.
             receipt: Closes the account of a finished sequence.
         """
-        self.lock = threading.RLock()
+        self.lock = Turns()
         self._engine = engine
         self._tokenizer = tokenizer
         self._receipt = receipt
         self._open: dict[int, _Reply] = {}
         self._closed = False
-        self._cancel = False
+        self._cancelled = 0
 
     def close(self) -> None:
         """Cancel everything; nothing can be asked afterwards."""
@@ -91,8 +93,11 @@ class Replies:
             self._open.clear()
 
     def cancel(self) -> None:
-        """End every running request before its next step; safe in a signal handler. What was generated stays."""
-        self._cancel = True  # the lock may be held by the very thread the signal interrupted
+        """End every request asked for so far before its next step, also one that has not begun; what it has stays.
+
+        Safe in a signal handler.
+        """
+        self._cancelled += 1  # the lock may be held by the very thread the signal interrupted
 
     def run(self, prompts: Sequence[Ids], params: SamplingParams) -> list[Completion]:
         """Complete prompts as one batch; a request that fails has ``error`` set.
@@ -103,9 +108,10 @@ class Replies:
         for ids in prompts:
             self._engine.check(ids)
         replies: list[_Reply] = []
+        asked = self._cancelled
         try:
             with self._interruptible():
-                replies += [self._submit(ids, params) for ids in prompts]
+                replies += [self._submit(ids, params, asked) for ids in prompts]
                 return [self._finished(reply) for reply in replies]
         finally:
             for reply in replies:
@@ -119,11 +125,11 @@ class Replies:
             MoestreamError: the request failed (while iterating).
         """
         self._engine.check(ids)
-        return self._stream(ids, params)
+        return self._stream(ids, params, self._cancelled)
 
-    def _stream(self, ids: Ids, params: SamplingParams) -> Iterator[Delta]:
+    def _stream(self, ids: Ids, params: SamplingParams, asked: int) -> Iterator[Delta]:
         with self._interruptible():
-            reply = self._submit(ids, params)
+            reply = self._submit(ids, params, asked)
             try:
                 while True:
                     delta = self._next(reply)
@@ -143,6 +149,7 @@ class Replies:
         except (Exception, GeneratorExit):
             raise
         except BaseException:
+            self.lock.forget()
             with self.lock:
                 self._abort_all()
                 self._end_finished()
@@ -164,14 +171,12 @@ class Replies:
                     error=sequence.error,
                 )
 
-    def _submit(self, ids: Ids, params: SamplingParams) -> _Reply:
+    def _submit(self, ids: Ids, params: SamplingParams, asked: int) -> _Reply:
         with self.lock:
             if self._closed:
                 raise RequestError("the model has been closed")
-            if not self._open:
-                self._cancel = False
             sequence = self._engine.add(ids, params)
-            reply = _Reply(sequence, TextStream(self._tokenizer, params.stop) if self._tokenizer else None)
+            reply = _Reply(sequence, TextStream(self._tokenizer, params.stop) if self._tokenizer else None, asked)
             self._open[sequence.id] = reply
             return reply
 
@@ -184,33 +189,39 @@ class Replies:
     def _next(self, reply: _Reply) -> Delta:
         """The next delta of a reply; runs steps, for all requests, until there is one."""
         while True:
-            with self.lock:
-                if reply.pending:
-                    return reply.pending.popleft()
-                if reply.sequence.finished:
-                    raise RequestError("the request was cancelled: the model has been closed")
-                if self._cancel:
-                    self._abort_all()
-                for event in self._engine.step():
-                    self._deliver(event)
-                self._end_finished()
+            with self.lock.step(unless=lambda: reply.pending) as due:
+                if due:
+                    self._step(reply)
+            if reply.pending:
+                return reply.pending.popleft()
+
+    def _step(self, waiting: _Reply) -> None:
+        if waiting.sequence.finished:
+            raise RequestError("the request was cancelled: the model has been closed")
+        for reply in list(self._open.values()):
+            if reply.asked < self._cancelled:
+                self._engine.abort(reply.sequence)
+        for event in self._engine.step():
+            self._deliver(event)
+        self._end_finished()
 
     def _abort_all(self) -> None:
-        self._cancel = False
         self._engine.abort_all()
-        for reply in self._open.values():
+        for reply in list(self._open.values()):
             self._engine.abort(reply.sequence)
 
     def _end_finished(self) -> None:
         """Queue the last delta of replies that ended without an event."""
-        for reply in self._open.values():
+        for reply in list(self._open.values()):
             if reply.sequence.finished and not reply.ended:
                 self._end(reply, "", ())
 
     def _deliver(self, event: TokenEvent) -> None:
         """Turn what the engine did for one sequence into a delta of its reply."""
         sequence = event.sequence
-        reply = self._open[sequence.id]
+        reply = self._open.get(sequence.id)
+        if reply is None:  # its stream was collected as garbage during this step
+            return
         if event.token is None:
             self._end(reply, "", ())
             return
