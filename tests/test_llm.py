@@ -91,6 +91,8 @@ def test_stop_string_cuts_the_text(llm):
     done = llm.generate("Once upon", GREEDILY, stop=stop)
     assert (done.text, done.finish_reason) == (cut, "stop")
     assert len(done.token_ids) < GREEDY
+    last = llm.generate("Once upon", GREEDILY, stop=stop, max_tokens=len(done.token_ids))
+    assert (last.text, last.finish_reason, last.receipt.finish_reason) == (cut, "stop", "stop")
     assert fresh(llm.stream("Once upon", GREEDILY, stop=[stop]))[0] == cut
 
 

@@ -155,9 +155,14 @@ class Engine:
         return result
 
     def abort(self, sequence: Sequence, reason: FinishReason = "cancelled") -> None:
-        """End a sequence now; ``"stop"`` when its text reached a stop string. No effect after its end."""
+        """End a sequence now; ``"stop"`` when its text reached a stop string. No effect after its end.
+
+        The one exception: a stop string that the last allowed token completed is what ended the reply.
+        """
         if not sequence.finished:
             self._finish(sequence, reason)
+        elif reason == "stop" and sequence.finish_reason == "length":
+            sequence.finish_reason = reason
 
     def abort_all(self) -> None:
         """End every sequence now."""

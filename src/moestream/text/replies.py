@@ -239,6 +239,8 @@ class Replies:
         """Queue the last delta of a reply."""
         if reply.text is not None:
             text += reply.text.finish()
+            if reply.text.stopped is not None:
+                self._engine.abort(reply.sequence, "stop")
         receipt = self._receipt(reply.sequence)
         reply.pending.append(Delta(text, ids, logprobs, reply.sequence.finish_reason, receipt))
         reply.ended = True
