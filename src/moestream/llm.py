@@ -8,7 +8,10 @@ with LLM.load("path/to/model", ram="8GB") as llm:
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +60,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.template = template
         self.default_params = default_params or SamplingParams()
+        _LOADED.add(self)
 
     @property
     def runtime(self) -> Runtime:
@@ -344,6 +348,20 @@ class LLM:
         if done.error is not None:
             raise done.error
         return done
+
+
+_LOADED: weakref.WeakSet[LLM] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """Wait for what daemon threads compute: one that comes back from native code after Python's end aborts."""
+    for llm in list(_LOADED):
+        llm.close()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):  # a child has none of the threads it would wait for
+    os.register_at_fork(after_in_child=_LOADED.clear)
 
 
 def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:

@@ -3,8 +3,11 @@
 import contextlib
 import itertools
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,3 +130,27 @@ def test_threads_that_stream_take_turns(llm):
         thread.join(60)
     assert counts == [tokens - 1] * 2
     assert lead["other"] > tokens // 10
+
+
+DAEMON = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[2])
+from text_models import load
+llm = load(sys.argv[1])
+begun = threading.Event()
+llm.on_progress = lambda done, total: begun.set()
+def work():
+    while True:
+        llm.generate("Hello", max_tokens=200, ignore_eos=True)
+threading.excepthook = lambda args: print(args.exc_value)
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+time.sleep(0.05)
+"""
+
+
+def test_a_daemon_thread_that_generates_does_not_crash_the_exit(folder):
+    command = [sys.executable, "-c", DAEMON, str(folder), str(Path(__file__).parents[1])]
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
