@@ -111,6 +111,14 @@ def test_seeded_samples_repeat_alone_and_in_a_batch(llm):
     assert alone != llm.generate("abc", params, seed=12).token_ids
 
 
+def test_fast_mode_repeats_a_request_alone_whatever_the_cache(folder):
+    params, seen = SamplingParams(temperature=1.0, seed=3, max_tokens=40, ignore_eos=True), set()
+    for settings in ({}, {"ram": "300MB"}, {"cache": "page"}, {"cache": "none"}):
+        with load(folder, exact=False, **settings) as llm:
+            seen |= {llm.generate("Once upon a time", params).token_ids for _ in range(2)}
+    assert len(seen) == 1
+
+
 def test_logprobs(llm):
     done = llm.generate("abc", GREEDILY, logprobs=3)
     assert [p.token for p in done.logprobs] == list(done.token_ids)
@@ -201,6 +209,9 @@ def test_recommended_sampling(folder, tmp_path):
     config.write_text('{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1, 2]}')
     with load(tmp_path) as llm:
         assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+    config.write_text('{"top_k": -1}')
+    with load(tmp_path) as llm:
+        assert llm.default_params.top_k == 0
     config.write_text('{"do_sample": false}')
     with load(tmp_path) as llm:
         assert llm.default_params.temperature == 0
@@ -236,6 +247,8 @@ def test_wrong_requests(llm):
             llm.generate(prompt, GREEDILY)
     with pytest.raises(RequestError, match="unknown sampling parameter top_q; known: temperature"):
         llm.generate("a", top_q=1)
+    with pytest.raises(RequestError, match="params must be SamplingParams, got dict"):
+        llm.generate("a", {"temperature": 0})
     with pytest.raises(RequestError, match="256 tokens, but the context of 256"):
         llm.stream([1] * 256)
     assert llm.runtime.engine.idle

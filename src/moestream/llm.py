@@ -333,12 +333,12 @@ class LLM:
 
     def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
         chosen = self.default_params if params is None else params
-        try:
-            chosen = dataclasses.replace(chosen, **changes)
-        except TypeError as error:
-            known = ", ".join(f.name for f in dataclasses.fields(SamplingParams))
-            unknown = ", ".join(sorted(set(changes) - set(known.split(", "))))
-            raise RequestError(f"unknown sampling parameter {unknown}; known: {known}") from error
+        if not isinstance(chosen, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, got {type(chosen).__name__}; or give keyword arguments")
+        known = [f.name for f in dataclasses.fields(SamplingParams)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise RequestError(f"unknown sampling parameter {', '.join(unknown)}; known: {', '.join(known)}")
+        chosen = dataclasses.replace(chosen, **changes)
         if chosen.stop:
             self._need_tokenizer()
         return chosen
@@ -385,6 +385,8 @@ def recommended_params(folder: Path) -> SamplingParams:
     values = read_json(folder / "generation_config.json")
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     chosen: dict[str, Any] = {name: values[name] for name in names if values.get(name) is not None}
+    if chosen.get("top_k") == -1:  # a common way to say off
+        chosen["top_k"] = 0
     if values.get("do_sample") is False:
         chosen["temperature"] = 0.0
     try:

@@ -166,3 +166,17 @@ def test_wrong_values_are_refused_by_name(field):
 def test_stop_accepts_one_string():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+def test_values_of_numpy_and_none_are_taken():
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), stop=None, stop_token_ids=None)
+    assert (params.stop, params.stop_token_ids) == ((), ())
+    assert 0 <= Sampler(params, [1]).sample(np.zeros(9, np.float32), []).token < 3
+    assert SamplingParams(stop_token_ids=np.array([4, 5])).stop_token_ids == (4, 5)
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids"])
+@pytest.mark.parametrize("value", [3, True, 1.5, b"ab", {"a": 1}, object()])
+def test_what_is_no_list_is_named(name, value):
+    with pytest.raises(RequestError, match=f"{name} must be a list"):
+        SamplingParams(**{name: value})

@@ -1,6 +1,6 @@
 """Choose the next token of one request from its logits.
 
-Order of the steps (that of vLLM and transformers; llama.cpp differs only in applying the temperature last):
+Order of the steps (engines differ in it, so the same parameters need not mean the same distribution elsewhere):
 
 1. penalties: repetition over prompt and reply, then presence and frequency over the reply
 2. temperature (0 is greedy: the largest logit, the lower id on a tie; the filters below do not matter then)
@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +56,11 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtract once per occurrence in the reply."""
     seed: int | None = None
-    """Same seed, same text, alone or in a batch; None draws fresh randomness."""
+    """A request repeated alone with the same seed gives the same text; None draws fresh randomness.
+
+    Beside other requests the draws stay the same but not always the logits: sums are taken in an order that depends
+    on how many rows run together. With ``exact`` that is float32 rounding; otherwise it may flip int8 roundings.
+    """
     max_tokens: int | None = 512
     """New tokens at most; None goes on until the context is full."""
     stop: tuple[str, ...] = ()
@@ -68,8 +74,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Reject what could only fail later."""
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else _sequence("stop", self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", _sequence("stop_token_ids", self.stop_token_ids))
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_range("min_p", self.min_p, 0.0, 1.0)
@@ -95,16 +102,24 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
-def _check_range(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def _sequence(name: str, value: object) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
+        raise RequestError(f"{name} must be a list, got {value!r}")
+    return tuple(value)
+
+
+def _check_range(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise RequestError(f"{name} must be a number, got {value!r}")
-    if not (low < value if open_low else low <= value) or value > high:  # NaN fails too
+    if not (value > low if open_low else value >= low) or value > high:  # NaN fails too
         bound = f"{'above' if open_low else 'at least'} {low:g}"
         raise RequestError(f"{name} must be {bound} and at most {high:g}, got {value!r}")
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise RequestError(f"{name} must be a whole number, got {value!r}")
     if value < low or (high is not None and value > high):
         raise RequestError(f"{name} must be at least {low}{f' and at most {high}' if high else ''}, got {value}")
