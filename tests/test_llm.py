@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 from golden_models import FOLDER, GREEDY, PROMPTS, assert_close, golden
-from text_models import GREEDILY, NAME, fresh, load
+from text_models import BACKEND, GREEDILY, NAME, fresh, load
 
 from moestream import SamplingParams
 from moestream.errors import (
@@ -234,6 +234,9 @@ def test_progress_reaches_the_end(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"ram": "8 bananas"}, "ram"), ({"ram": 0}, "ram"), ({"cache": "disk"}, "cache"), ({"threads": 0}, "threads"),
+     ({"threads": "4"}, "threads must be a whole number"), ({"threads": 1025}, "threads must be at most 1024"),
+     ({"io_threads": None}, "io_threads"), ({"prefill_chunk": 2.5}, "prefill_chunk"),
+     ({"max_batch": True}, "max_batch"), ({"exact": "yes"}, "exact"),
      ({"context": 10**9}, "context"), ({"active_experts": 99}, "active_experts"), ({"backend": "gpu"}, "backend")],
 )  # fmt: skip
 def test_wrong_settings_are_named(folder, arguments, message):
@@ -292,6 +295,14 @@ def test_missing_native_kernels_warn_once_and_work(folder, monkeypatch):
     llm.close()
     with pytest.raises(BackendError, match="reinstall"):
         load(folder, backend="cpu")
+
+
+@pytest.mark.skipif(BACKEND == "reference", reason="the native module reads MOESTREAM_ISA")
+def test_a_wrong_instruction_set_is_named(folder, monkeypatch):
+    monkeypatch.setenv("MOESTREAM_ISA", "sse9")
+    code = f"from moestream import LLM; LLM.load({str(folder)!r}, ram='2GB')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ConfigError: MOESTREAM_ISA must be portable, neon, avx2 or avx512, got 'sse9'" in result.stderr
 
 
 def test_import_is_light():

@@ -8,6 +8,7 @@ from typing import Literal
 
 from moestream.errors import ConfigError
 
+MAX_THREADS = 1024
 CacheMode = Literal["arena", "page", "none"]
 
 
@@ -43,8 +44,17 @@ class RunConfig:
         """Reject what could only fail later."""
         for name in ("ram", "threads", "active_experts", "prefill_chunk", "max_batch", "context", "io_threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and name not in ("prefill_chunk", "io_threads"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name in ("threads", "io_threads"):
+            if (getattr(self, name) or 0) > MAX_THREADS:
+                raise ConfigError(f"{name} must be at most {MAX_THREADS}, got {getattr(self, name)}")
+        if not isinstance(self.exact, bool):
+            raise ConfigError(f"exact must be true or false, got {self.exact!r}")
         if self.cache not in ("arena", "page", "none"):
             raise ConfigError(f"cache must be arena, page or none, got {self.cache!r}")
         if self.backend not in ("auto", "cpu", "reference"):

@@ -113,6 +113,8 @@ def test_missing_and_mistyped_fields_are_named(config: dict[str, Any], name: str
         (HYBRID, {"linear_num_value_heads": 3}, "linear_num_value_heads"),
         (HYBRID, {"num_key_value_heads": 3}, "num_key_value_heads"),
         (HYBRID, {"num_experts_per_tok": 8}, "num_experts_per_tok"),
+        (HYBRID, {"head_dim": 1025}, "head_dim must be at most 1024"),
+        (HYBRID, {"linear_conv_kernel_dim": 17}, "linear_conv_kernel_dim must be at most 16"),
         (HYBRID, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         (HYBRID, {"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
         (HYBRID, {"rope_parameters": [1]}, "rope_parameters"),

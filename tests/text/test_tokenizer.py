@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HfTokenizer
 
 from moestream.errors import CheckpointError, RequestError
-from moestream.text.tokenizer import REPLACEMENT, TextStream, Tokenizer
+from moestream.text.tokenizer import REPLACEMENT, TextStream, Tokenizer, read_json
 
 SAMPLES = [
     "Hello world, hello tokens!",
@@ -176,3 +176,11 @@ def test_load_collects_end_tokens(tmp_path):
 def test_lone_surrogate_is_refused():
     with pytest.raises(RequestError, match="not valid Unicode"):
         TOKENIZERS["byte-level"].encode("\ud800")
+
+
+def test_a_text_the_tokenizer_cannot_take_and_a_file_that_cannot_be_read_are_named(tmp_path):
+    backend = HfTokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))  # which is not in the vocabulary
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot encode"):
+        Tokenizer(backend, [], {}).encode("b")
+    with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+        read_json(tmp_path / ("x" * 300))

@@ -111,7 +111,7 @@ def _sequence(name: str, value: object) -> tuple[Any, ...]:
 
 
 def _check_range(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not issubclass(type(value), Real):
         raise RequestError(f"{name} must be a number, got {value!r}")
     if not (value > low if open_low else value >= low) or value > high:  # NaN fails too
         bound = f"{'above' if open_low else 'at least'} {low:g}"
@@ -119,7 +119,7 @@ def _check_range(name: str, value: Any, low: float, high: float, *, open_low: bo
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not issubclass(type(value), Integral):
         raise RequestError(f"{name} must be a whole number, got {value!r}")
     if value < low or (high is not None and value > high):
         raise RequestError(f"{name} must be at least {low}{f' and at most {high}' if high else ''}, got {value}")

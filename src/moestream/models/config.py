@@ -16,6 +16,8 @@ Mlp = Literal["moe", "dense"]
 
 MAX_LAYERS = 4096
 MAX_INTEGER = 2**31 - 1
+MAX_HEAD_DIM = 1024  # of the kernels of attention
+MAX_CONV_WIDTH = 16  # of the kernel of delta-net
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +223,18 @@ def heads(fields: Fields) -> tuple[int, int, int]:
     kv = fields.integer("num_key_value_heads", query)
     if query % kv:
         raise fields.error("num_key_value_heads", f"({kv}) must divide num_attention_heads ({query})")
-    return query, kv, fields.integer("head_dim", fields.integer("hidden_size") // query)
+    head_dim = fields.integer("head_dim", fields.integer("hidden_size") // query)
+    if head_dim > MAX_HEAD_DIM:
+        raise fields.error("head_dim", f"must be at most {MAX_HEAD_DIM}, got {head_dim}")
+    return query, kv, head_dim
+
+
+def conv_width(fields: Fields) -> int:
+    """W, bounded by the kernel."""
+    width = fields.integer("linear_conv_kernel_dim", least=2)
+    if width > MAX_CONV_WIDTH:
+        raise fields.error("linear_conv_kernel_dim", f"must be at most {MAX_CONV_WIDTH}, got {width}")
+    return width
 
 
 def active_experts(fields: Fields, experts: int) -> int:

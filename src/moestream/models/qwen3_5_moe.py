@@ -16,6 +16,7 @@ from moestream.models.config import (
     ModelConfig,
     MoeShape,
     active_experts,
+    conv_width,
     heads,
     layer_count,
     rope,
@@ -52,7 +53,7 @@ def parse(root: Fields) -> ModelConfig:
         value_heads=c.integer("linear_num_value_heads"),
         key_dim=c.integer("linear_key_head_dim"),
         value_dim=c.integer("linear_value_head_dim"),
-        conv_width=c.integer("linear_conv_kernel_dim", least=2),
+        conv_width=conv_width(c),
     )
     if delta_net.value_heads % delta_net.key_heads:
         raise c.error("linear_num_value_heads", f"must be a multiple of linear_num_key_heads ({delta_net.key_heads})")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moestream.checkpoint.encoding import ExpertLayout, MatrixLayout
-from moestream.errors import BackendError
+from moestream.errors import BackendError, ConfigError
 from moestream.ops.base import F32, I32, U8, Wave
 from moestream.system import cpu_count
 
@@ -41,7 +41,15 @@ class CpuOps(SequenceOps):
     name = "cpu"
 
     def __init__(self, threads: int | None = None, exact: bool = False) -> None:
-        """Set the number of compute threads (None: all this process may use) and the mode."""
+        """Set the number of compute threads (None: all this process may use) and the mode.
+
+        Raises:
+            ConfigError: ``MOESTREAM_ISA`` is none of the instruction sets.
+        """
+        try:
+            _native.active_isa()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self.exact = exact
         self.threads = threads if threads is not None else cpu_count()
         _native.set_threads(self.threads)

@@ -62,11 +62,17 @@ class Tokenizer:
         Args:
             text: Any text; added tokens in it (``<|im_start|>``) are recognised.
             special: Add what the tokenizer puts around a text (a start token); False for a rendered chat template.
+
+        Raises:
+            RequestError: the text is not valid Unicode.
+            CheckpointError: the tokenizer cannot take it.
         """
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
         except (UnicodeEncodeError, TypeError) as error:  # a lone surrogate is a TypeError here
             raise RequestError(f"the text is not valid Unicode: {error}") from error
+        except Exception as error:  # tokenizers raises plain Exception, for example where an unk_token is missing
+            raise CheckpointError(f"tokenizer.json cannot encode this text: {error}") from error
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -148,14 +154,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a model folder; empty when the file does not exist.
 
     Raises:
-        CheckpointError: the file is not a JSON object or is unreasonably large.
+        CheckpointError: the file cannot be read, is not a JSON object or is unreasonably large.
     """
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than {MAX_JSON_BYTES}")
     try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than {MAX_JSON_BYTES}")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
