@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from moestream.errors import CheckpointError, RequestError, TemplateError
+from moestream.text import chat_template
 from moestream.text.chat_template import ChatTemplate, TemplateLimits
 
 CHATML = """{%- if tools %}{{ tools | tojson }}
@@ -139,6 +140,17 @@ def test_malformed_arguments(make):
         template.render(HELLO, variable=object())
     with pytest.raises(TemplateError, match="only: other"):
         make({"other": "x"}).render(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"), [("raise SystemExit(1)", "ended at once"), ("input()", "is not ready after")]
+)
+def test_a_process_that_does_not_start_is_not_the_templates_fault(make, tmp_path, monkeypatch, code, message):
+    (tmp_path / "worker.py").write_text(code)
+    monkeypatch.setattr(chat_template, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(chat_template, "START_SECONDS", 30.0 if "ended" in message else 0.1)
+    with pytest.raises(TemplateError, match=f"the process that renders chat templates {message}"):
+        make(CHATML).render(HELLO)
 
 
 def test_load_from_each_place(tmp_path):

@@ -28,6 +28,7 @@ from moestream.text.tokenizer import MAX_JSON_BYTES, read_json, special_token
 WORKER = Path(__file__).with_name("template_worker.py")
 MAX_TEMPLATE_BYTES = 1 << 20
 START_SECONDS = 30.0
+PROCESS = "the process that renders chat templates"
 WATCH_SECONDS = 0.02
 """Time between two looks at the worker's memory."""
 KEPT_ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
@@ -85,7 +86,7 @@ class _Worker:
             stream.write(json.dumps(request).encode() + b"\n")
             stream.flush()
         except OSError as error:
-            raise TemplateError(f"the process that renders chat templates is gone: {error}") from error
+            raise TemplateError(f"{PROCESS} is gone: {error}") from error
         return self._receive(seconds)
 
     def _receive(self, seconds: float) -> dict[str, Any]:
@@ -99,6 +100,10 @@ class _Worker:
                     self._watch(end, seconds)
                     continue
                 data = os.read(stream.fileno(), 1 << 20)
+                if not data and not self._ready:
+                    raise TemplateError(
+                        f"{PROCESS} ended at once; this shows why: {sys.executable} {WORKER} 1000000000"
+                    )
                 if not data:
                     raise TemplateError("the chat template brought its process down (memory, or too deep a nesting)")
                 self._unread += data
@@ -109,6 +114,8 @@ class _Worker:
         return answer
 
     def _watch(self, end: float, seconds: float) -> None:
+        if time.monotonic() > end and not self._ready:
+            raise TemplateError(f"{PROCESS} is not ready after {seconds:g} s: the machine is busy, try again")
         if time.monotonic() > end:
             raise TemplateError(f"the chat template ran longer than {seconds:g} s")
         try:
