@@ -111,6 +111,19 @@ class Golden:
         """
         return float(PEAK / 127 / np.sqrt(12) * np.sqrt(4 * layers) * self.arrays["logits_rms_scale"])
 
+    def fast_bound(self) -> float:
+        """Root mean square of what the fast mode may change the logits by: int8 activations if matrices are ``affine``.
+
+        On matrices of plain floats only the keys and values are rounded, to float16: by up to half a unit of 2**-10,
+        evenly spread, twice per attention layer and amplified like a change of the embedding.
+        """
+        layers = parse_config(self.checkpoint.config)[0].layers
+        if "mlx4" in self.folder.name:
+            return self.rounding_bound(len(layers))
+        attention = sum(layer.mixer == "attention" for layer in layers)
+        half = 2.0**-11 / np.sqrt(3) * np.sqrt(2 * attention) * self.arrays["logits_rms_scale"]
+        return self.logits_bound + float(half)
+
     @cached_property
     def checkpoint(self) -> Checkpoint:
         return open_checkpoint(self.folder)

@@ -47,7 +47,7 @@ def test_rounding_error_is_bounded(tiny: Golden, fast_ops: Ops, chunks: tuple[in
         out.append(model.forward(Batch.of([(tiny.ids(0)[start : start + count], states)], all_logits=True)))
         start += count
     error = rms(np.concatenate(out) - tiny.logits(0))
-    assert error <= tiny.rounding_bound(len(model.config.layers))
+    assert error <= tiny.fast_bound()
 
 
 def test_a_batch_is_as_good_as_each_sequence_alone(tiny: Golden, fast_ops: Ops) -> None:
@@ -58,7 +58,7 @@ def test_a_batch_is_as_good_as_each_sequence_alone(tiny: Golden, fast_ops: Ops) 
     parts = [(tiny.ids(p)[start : start + count], states[p]) for p, start, count in routing.pieces]
     together = model.forward(Batch.of(parts, all_logits=True))
     expected = np.concatenate([tiny.logits(p)[start : start + count] for p, start, count in routing.pieces])
-    assert rms(together - expected) <= tiny.rounding_bound(len(model.config.layers))
+    assert rms(together - expected) <= tiny.fast_bound()
 
 
 def test_free_routing_still_finds_the_words(tiny: Golden, fast_ops: Ops) -> None:
