@@ -24,6 +24,8 @@ from moestream.ops.base import I32, I64, Wave
 
 LANDING_SLOTS = 16
 """Slots kept free for bytes on their way, so that a layer's reads never wait for an eviction to be worth it."""
+SWEEP_WAVE = 8
+"""Experts of a wave while reads still want slots: a longer one would hold landed bytes, and the disk would idle."""
 _POLL_SECONDS = 0.5  # a longer wait would delay Ctrl-C
 
 
@@ -257,6 +259,8 @@ class ExpertStream:
             raise RuntimeError(f"the expert stream of layer {self._layer} was closed before its end")
         self._release_current()
         self._submit_pending()
+        if self._pending and self._in_flight:
+            self._wait(0.0)
         while not self._ready:
             if not self._in_flight:
                 if not self._pending:
@@ -266,7 +270,9 @@ class ExpertStream:
                 if not self._in_flight:
                     raise RuntimeError("every slot is in use by a stream that never ended: the store must be reset")
             self._wait()
-        self._current, self._ready = sorted(self._ready), []
+        # While reads want slots, what landed last goes first: hits can wait in theirs.
+        cut = max(0, len(self._ready) - SWEEP_WAVE) if self._pending else 0
+        self._current, self._ready = sorted(self._ready[cut:]), self._ready[:cut]
         return self._wave(self._current)
 
     def close(self) -> None:
@@ -315,10 +321,10 @@ class ExpertStream:
         store.reader.submit(batch.reshape(-1, 5))
         self._in_flight.update(zip(range(first, store._next_ticket), chosen, strict=True))
 
-    def _wait(self) -> bool:
+    def _wait(self, timeout: float = _POLL_SECONDS) -> bool:
         """Wait for a read to finish and sort what came; False if none did."""
         start = time.perf_counter()
-        done, failed = self._store.reader.wait(1, _POLL_SECONDS)
+        done, failed = self._store.reader.wait(1, timeout)
         self._store._stall += time.perf_counter() - start
         self._ready += (self._in_flight.pop(ticket) for ticket in done)
         for failure in failed:
