@@ -30,9 +30,9 @@ public:
         run_raw(call<std::remove_reference_t<Body>>, &body, true);
     }
 
-    // Calls body(begin, end) over [0, count) in chunks of about `grain`, handed out dynamically so that a
-    // member slowed by a neighbour does less. A member that has not come by the time the work is handed out is
-    // not waited for: on a busy machine its core may be someone else's for milliseconds.
+    // Calls body(begin, end) over [0, count) in pieces of at least `grain`, handed out dynamically so that a member
+    // slowed by a neighbour does less. Pieces start large and shrink: a member then walks adjacent items, whose bytes
+    // its prefetches have already asked for.
     template <class Body>
     void parallel_for(int64_t count, int64_t grain, Body&& body) {
         if (count <= 0) return;
@@ -42,11 +42,17 @@ public:
             return;
         }
         std::atomic<int64_t> next{0};
-        auto loop = [&](int, int) {
+        auto loop = [&](int, int members) {
             for (;;) {
-                const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-                if (begin >= count) return;
-                body(begin, begin + grain < count ? begin + grain : count);
+                int64_t begin = next.load(std::memory_order_relaxed);
+                int64_t end;
+                do {
+                    if (begin >= count) return;
+                    const int64_t share = (count - begin) / (2 * members);
+                    end = begin + (share > grain ? share : grain);
+                    if (end > count) end = count;
+                } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+                body(begin, end);
             }
         };
         run_raw(call<decltype(loop)>, &loop, false);
