@@ -32,7 +32,8 @@ public:
 
     // Calls body(begin, end) over [0, count) in pieces of at least `grain`, handed out dynamically so that a member
     // slowed by a neighbour does less. Pieces start large and shrink: a member then walks adjacent items, whose bytes
-    // its prefetches have already asked for.
+    // its prefetches have already asked for. A member that comes after the work is handed out is not waited for: on a
+    // busy machine its core may be someone else's for milliseconds.
     template <class Body>
     void parallel_for(int64_t count, int64_t grain, Body&& body) {
         if (count <= 0) return;
