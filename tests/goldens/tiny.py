@@ -108,6 +108,12 @@ RECIPES = (
         qwen3_text(3, hidden_size=104, moe_intermediate_size=40, intermediate_size=152),
         "single", torch.float16, seed=23,
     ),
+    Recipe(  # as the official files
+        "qwen3-bf16-single",
+        qwen3_text(2, hidden_size=72, moe_intermediate_size=24, intermediate_size=88, mlp_only_layers=[0],
+                   num_attention_heads=4, num_experts=5, num_experts_per_tok=2),
+        "single", seed=30,
+    ),
     Recipe(
         "qwen3-mlx4",
         qwen3_text(3, hidden_size=192, moe_intermediate_size=64, intermediate_size=320, norm_topk_prob=False),
