@@ -150,15 +150,15 @@ def _scratch_nbytes(config: ModelConfig, chunk: int, batch: int, active: int) ->
 
 
 def _too_small(budget: int, fixed: dict[str, int], slots: int, batch: int, context: int) -> BudgetError:
-    """Say what is needed, and for each part that can shrink, by which flag."""
+    """Say what is needed, and for each part that can shrink, by which setting."""
     need = sum(fixed.values()) + slots
+    several = " or max_batch" if batch > 1 else ""  # set by the library only
     return BudgetError(
         f"the memory budget is {format_size(budget)}, but at least {format_size(need)} are needed:\n"
         f"  {format_size(fixed['baseline'])} process\n"
         f"  {format_size(fixed['dense'])} resident weights\n"
-        f"  {format_size(fixed['states'])} states of {batch} sequences of {context} tokens"
-        " (lower --context or --max-batch)\n"
-        f"  {format_size(fixed['scratch'])} working memory (lower --prefill-chunk or --max-batch)\n"
+        f"  {format_size(fixed['states'])} states of {batch} x {context} tokens (lower --context{several})\n"
+        f"  {format_size(fixed['scratch'])} working memory (lower --prefill-chunk{several})\n"
         f"  {format_size(slots)} expert slots for one token\n"
-        "Raise --ram, or lower the flags named above"
+        "Raise --ram, or lower what is named above"
     )

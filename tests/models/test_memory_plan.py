@@ -36,7 +36,7 @@ def test_too_small_budgets_name_the_flags() -> None:
     tiny = golden("qwen3_5-mlx4")
     with pytest.raises(BudgetError) as caught:
         planned(tiny, RunConfig(ram=1_000_000, max_batch=8))
-    for word in ("1.0 MB", "--ram", "--context", "--max-batch", "--prefill-chunk", "8 sequences of 4096 tokens"):
+    for word in ("1.0 MB", "--ram", "--context", "max_batch", "--prefill-chunk", "8 x 4096 tokens"):
         assert word in str(caught.value)
 
 
