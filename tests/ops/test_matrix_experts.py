@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from matrix_cases import MAIN, Layer, check, swiglu_bound
@@ -15,15 +13,6 @@ from moestream.ops.cpu import CpuOps  # noqa: E402
 
 HIDDEN, WIDTH, EXPERTS, K = 256, 320, 6, 3
 SOME = [MAIN, Encoding("affine", 8, 32, "f16"), Encoding("affine", 3, 64, "f32"), Encoding("bf16")]
-
-
-@pytest.fixture(params=native.supported_isas())
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction tier this machine has."""
-    before = native.active_isa()
-    native.set_active_isa(request.param)
-    yield request.param
-    native.set_active_isa(before)
 
 
 def routed(rng: np.random.Generator, count: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,15 +16,6 @@ native = pytest.importorskip("moestream._native", reason="the native kernels are
 from moestream.ops.cpu import CpuOps  # noqa: E402
 
 ROWS_OF_INPUT = (1, 2, 3, 4, 5, 33)
-
-
-@pytest.fixture(params=native.supported_isas())
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction tier this machine has."""
-    before = native.active_isa()
-    native.set_active_isa(request.param)
-    yield request.param
-    native.set_active_isa(before)
 
 
 @pytest.fixture(params=[True, False], ids=["exact", "fast"])

@@ -9,6 +9,8 @@ from moestream.ops.base import AttentionParams, KVCache  # noqa: E402
 from moestream.ops.cpu_sequence import SequenceOps  # noqa: E402
 from moestream.ops.reference import ReferenceOps  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("tier")  # every test, on each tier
+
 EPS = 2.0**-24
 HALF_EPS = 2.0**-11
 OPS, REFERENCE = SequenceOps(), ReferenceOps()
@@ -25,21 +27,6 @@ GEOMETRIES = [
 ]
 # Tokens, tokens already cached: one and several rows and key blocks, one and several splits of the context.
 STEPS = [(1, 0), (1, 700), (2, 63), (17, 250), (64, 0), (65, 5), (150, 40)]
-
-
-@pytest.fixture(params=_native.supported_isas(), autouse=True)
-def isa(request):
-    before = _native.active_isa()
-    _native.set_active_isa(request.param)
-    yield request.param
-    _native.set_active_isa(before)
-
-
-@pytest.fixture
-def threads():
-    before = _native.threads()
-    yield _native.set_threads
-    _native.set_threads(before)
 
 
 @pytest.fixture(autouse=True)

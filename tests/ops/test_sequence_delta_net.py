@@ -9,27 +9,14 @@ from moestream.ops.base import DeltaNetParams, DeltaState  # noqa: E402
 from moestream.ops.cpu_sequence import SequenceOps  # noqa: E402
 from moestream.ops.reference import ReferenceOps  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("tier")  # every test, on each tier
+
 EPS = 2.0**-24
 OPS, REFERENCE = SequenceOps(), ReferenceOps()
 
 # Key heads, value heads, key dim, value dim.
 GEOMETRIES = [(2, 2, 32, 64), (2, 4, 64, 32), (1, 4, 36, 20), (1, 2, 128, 128)]
 TOKENS = [1, 2, 3, 5, 17, 64, 65, 150]
-
-
-@pytest.fixture(params=_native.supported_isas(), autouse=True)
-def isa(request):
-    before = _native.active_isa()
-    _native.set_active_isa(request.param)
-    yield request.param
-    _native.set_active_isa(before)
-
-
-@pytest.fixture
-def threads():
-    before = _native.threads()
-    yield _native.set_threads
-    _native.set_threads(before)
 
 
 @pytest.fixture(autouse=True)

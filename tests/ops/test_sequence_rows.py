@@ -8,16 +8,10 @@ _native = pytest.importorskip("moestream._native")
 from moestream.ops.cpu_sequence import SequenceOps  # noqa: E402
 from moestream.ops.reference import ReferenceOps  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("tier")  # every test, on each tier
+
 EPS = 2.0**-24
 OPS, REFERENCE = SequenceOps(), ReferenceOps()
-
-
-@pytest.fixture(params=_native.supported_isas(), autouse=True)
-def isa(request):
-    before = _native.active_isa()
-    _native.set_active_isa(request.param)
-    yield request.param
-    _native.set_active_isa(before)
 
 
 @pytest.fixture(autouse=True)

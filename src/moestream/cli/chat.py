@@ -45,9 +45,8 @@ def chat(
                             messages.pop()
                             continue
                         reply, last = write_stream(llm, stream)
-                    except (
-                        MoestreamError
-                    ) as error:  # a full context, a failed read, a template that refuses: the next may do
+                    except MoestreamError as error:
+                        # A full context, a failed read, a template that refuses: the next message may do.
                         note(f"moestream: {error}")
                         messages.pop()
                         continue
