@@ -204,7 +204,6 @@ ReadStatus Reader::perform(const Job& job) {
 
 void Reader::finish(const Job& job, const ReadStatus& status) {
     bool wake = false;
-    bool counted = false;
     {
         std::lock_guard lock(mutex_);
         Ticket& ticket = job.ticket->second;
@@ -215,20 +214,22 @@ void Reader::finish(const Job& job, const ReadStatus& status) {
         }
         // Reported only when nothing of it is being read any more: its memory may be used again at once.
         if (--ticket.remaining == 0) {
-            counted = ticket.failed && ticket.failure.error != ECANCELED;
-            if (ticket.failed)
+            if (ticket.failed) {
+                if (ticket.failure.error != ECANCELED) count_error();  // before the report: whoever sees it sees both
                 completions_.failed.push_back(ticket.failure);
-            else
+            } else {
                 completions_.done.push_back(id);
+            }
             tickets_.erase(id);
             wake = static_cast<int64_t>(completions_.done.size() + completions_.failed.size()) >= awaited_;
         }
     }
-    if (counted) {
-        std::lock_guard lock(disk_mutex_);
-        ++counters_.errors;
-    }
     if (wake) tickets_ready_.notify_all();
+}
+
+void Reader::count_error() {
+    std::lock_guard lock(disk_mutex_);
+    ++counters_.errors;
 }
 
 void Reader::disk_begin() {

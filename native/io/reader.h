@@ -104,6 +104,7 @@ private:
     void work();
     ReadStatus perform(const Job& job);
     void finish(const Job& job, const ReadStatus& status);
+    void count_error();
     void disk_begin();
     void disk_end(int64_t nbytes);
 
