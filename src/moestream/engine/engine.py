@@ -57,6 +57,7 @@ class Engine:
     Attributes:
         on_progress: Told how far the prompts of a step are, those of one step together; all chunks of a prompt count
             into its total.
+        on_step: Told the sequences of a step, each with the number of its next tokens, before it runs; for recording.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Engine:
         """
         self.context = context
         self.on_progress: PromptProgress | None = None
+        self.on_step: Callable[[list[tuple[Sequence, int]]], None] | None = None
         self._model = model
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
@@ -182,6 +184,8 @@ class Engine:
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
+        if self.on_step is not None:
+            self.on_step(chunks)
         try:
             batch, sampled = self._batch(chunks)
             before = self._counters()

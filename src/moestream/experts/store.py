@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -107,6 +107,9 @@ class ExpertStore:
         mode: ``arena``: direct reads, LFRU; ``page``: buffered reads, the OS caches; ``none``: direct, nothing stays.
         reader: Does the reading; the store does not close it.
 
+    Attributes:
+        on_route: Told the layer and the router's choice [T, k] before they are streamed; for recording.
+
     Raises:
         ReadError: a file cannot be opened.
         TensorError: a table does not match its layout.
@@ -125,6 +128,7 @@ class ExpertStore:
             raise ValueError(f"slots must be at least 1, got {slots}")
         self.mode = mode
         self.reader = reader
+        self.on_route: Callable[[int, I32], None] | None = None
         self._plans: list[_LayerPlan | None] = []
         layer_of_key: list[int] = []
         for layer, table in enumerate(tables):
@@ -173,6 +177,8 @@ class ExpertStore:
         plan = self._plans[layer]
         if plan is None:
             raise ValueError(f"layer {layer} has no experts")
+        if self.on_route is not None:
+            self.on_route(layer, ids)
         self._active = ExpertStream(self, layer, plan, ids)
         return self._active
 
