@@ -66,6 +66,8 @@ void bind_io(nb::module_& m) {
         .def("detach", &Reader::detach, "address"_a)
         .def("submit", &submit, "ranges"_a, "prefetch"_a)
         .def("wait", &wait, "min_count"_a, "timeout"_a)
+        .def("promote", &Reader::promote, "tickets"_a)
+        .def("cancel", &Reader::cancel, "tickets"_a, NoGil())
         .def("cancel_prefetch", &Reader::cancel_prefetch, NoGil())
         .def("outstanding", &Reader::outstanding)
         .def("counters", &Reader::counters)

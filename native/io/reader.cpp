@@ -1,7 +1,10 @@
 #include "io/reader.h"
 
+#include <algorithm>
 #include <cerrno>
+#include <iterator>
 #include <stdexcept>
+#include <utility>
 
 namespace moestream {
 namespace {
@@ -132,13 +135,44 @@ Completions Reader::wait(int64_t min_count, double timeout) {
     return result;
 }
 
+// Removes the queued prefetch reads of some tickets, in order. The caller holds mutex_.
+std::deque<Reader::Job> Reader::take_prefetch(std::vector<int64_t> tickets) {
+    std::sort(tickets.begin(), tickets.end());
+    const auto chosen = [&tickets](const Job& job) {
+        return std::binary_search(tickets.begin(), tickets.end(), job.ticket->first);
+    };
+    std::deque<Job> taken;
+    std::copy_if(prefetch_.begin(), prefetch_.end(), std::back_inserter(taken), chosen);
+    std::erase_if(prefetch_, chosen);
+    return taken;
+}
+
+void Reader::promote(std::vector<int64_t> tickets) {
+    std::lock_guard lock(mutex_);
+    const std::deque<Job> jobs = take_prefetch(std::move(tickets));
+    demand_.insert(demand_.begin(), jobs.begin(), jobs.end());
+}
+
+void Reader::cancel(std::vector<int64_t> tickets) {
+    std::deque<Job> dropped;
+    {
+        std::lock_guard lock(mutex_);
+        dropped = take_prefetch(std::move(tickets));
+    }
+    drop(dropped);
+}
+
 void Reader::cancel_prefetch() {
     std::deque<Job> dropped;
     {
         std::lock_guard lock(mutex_);
         std::swap(dropped, prefetch_);
     }
-    for (const Job& job : dropped) finish(job, {false, ECANCELED, job.offset});
+    drop(dropped);
+}
+
+void Reader::drop(const std::deque<Job>& jobs) {
+    for (const Job& job : jobs) finish(job, {false, ECANCELED, job.offset});
 }
 
 int64_t Reader::outstanding() {

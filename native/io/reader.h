@@ -26,7 +26,7 @@ struct Range {
 
 struct Failure {
     int64_t ticket;
-    int error;  // errno; 0: the file ended; ECANCELED: cancel_prefetch
+    int error;  // errno; 0: the file ended; ECANCELED: cancel or cancel_prefetch
     int64_t file;
     int64_t offset;  // where the read stopped
 };
@@ -69,7 +69,13 @@ public:
     // Returns tickets finished since the last call: waits for at least `min_count` of them, or for all
     // outstanding ones if they are fewer, but no longer than `timeout` seconds.
     Completions wait(int64_t min_count, double timeout);
-    // Drops queued prefetch reads; their tickets fail with ECANCELED once nothing of them is being read.
+    // Puts what is queued of these prefetch tickets before all demand reads: now somebody waits for them. Reads
+    // under way just finish; tickets that are reported, unknown or demand already are left alone.
+    void promote(std::vector<int64_t> tickets);
+    // Drops what is queued of these prefetch tickets; a ticket that loses a read fails with ECANCELED once nothing
+    // of it is being read. One whose reads are all under way or done succeeds as if nothing had happened.
+    void cancel(std::vector<int64_t> tickets);
+    // The same for all prefetch tickets.
     void cancel_prefetch();
 
     int64_t outstanding();
@@ -101,6 +107,8 @@ private:
     File& file_at(int64_t file);
     void check(const Range& range, int64_t row);
     void enqueue(const Range& range, std::deque<Job>& queue);
+    std::deque<Job> take_prefetch(std::vector<int64_t> tickets);
+    void drop(const std::deque<Job>& jobs);
     void work();
     ReadStatus perform(const Job& job);
     void finish(const Job& job, const ReadStatus& status);

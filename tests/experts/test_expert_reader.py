@@ -12,7 +12,7 @@ import pytest
 from moestream.checkpoint.encoding import Extent
 from moestream.errors import ReadError
 from moestream.experts.arena import allocate, area_nbytes, load_extents
-from moestream.experts.reader import BLOCK, DEST, NBYTES, OFFSET, NativeReader, read_error
+from moestream.experts.reader import BLOCK, DEST, NBYTES, OFFSET, TICKET, NativeReader, PythonReader, read_error
 
 SIZE = 5 * (1 << 20) + 1234
 
@@ -296,3 +296,76 @@ def test_probe_reads_the_file(native_reader, file, tmp_path):
         probe_read(str(file), 1000, 0.02, True, 2)
     with pytest.raises(FileNotFoundError):
         probe_read(str(tmp_path / "absent"), 4096, 0.02, True, 2)
+
+
+@pytest.fixture(params=["native", "python"])
+def one_thread(request):
+    if request.param == "native":
+        pytest.importorskip("moestream._native")
+    reader = NativeReader(threads=1) if request.param == "native" else PythonReader(threads=1)
+    yield reader
+    reader.close()
+
+
+def test_a_promoted_read_goes_before_all_others(tmp_path, one_thread):
+    fd = one_thread.open(sparse(tmp_path, 1 << 20), False)
+    memory = allocate(area_nbytes(1 << 20))
+    one_thread.attach(memory)
+    batch = np.repeat(place(fd, [(0, 1 << 20)], memory), 300, axis=0)
+    batch[:, TICKET] = np.arange(300)
+    one_thread.submit(batch[:200], prefetch=True)
+    one_thread.submit(batch[200:])
+    one_thread.promote([150, 151, 250, 7777])  # a demand read and a stranger change nothing
+    order = []
+    while len(order) < 300:
+        order += one_thread.wait(1, 10.0)[0]
+    assert sorted(order) == list(range(300))
+    at = order.index(150)
+    assert order[at + 1] == 151
+    assert at < 99, "the promoted read waited for the demand reads"
+    assert max(order.index(t) for t in range(200, 300)) < order.index(100), "the other prefetch reads did not wait"
+
+
+def test_only_chosen_prefetch_reads_are_cancelled(tmp_path, one_thread):
+    fd = one_thread.open(sparse(tmp_path, 1 << 20), False)
+    memory = allocate(area_nbytes(1 << 20))
+    one_thread.attach(memory)
+    batch = np.repeat(place(fd, [(0, 1 << 20)], memory), 200, axis=0)
+    batch[:, TICKET] = np.arange(200)
+    one_thread.submit(batch[:100], prefetch=True)
+    one_thread.submit(batch[100:])
+    one_thread.cancel([97, 98, 150, 7777])  # a demand read and a stranger are left alone
+    done, failed = collect(one_thread, 200)
+    assert {f.ticket: f.code for f in failed} == {97: errno.ECANCELED, 98: errno.ECANCELED}
+    assert sorted(done) == [t for t in range(200) if t not in (97, 98)]
+    assert one_thread.counters().errors == 0
+
+
+def test_promoting_and_cancelling_while_reading_reports_each_ticket_once(reader, file):
+    fd = reader.open(file, True)
+    data = file.read_bytes()
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        extents = [(int(offset), 40_000) for offset in rng.integers(0, SIZE - 40_000, 60)]
+        memory = allocate(sum(area_nbytes(nbytes) for _, nbytes in extents))
+        reader.attach(memory)
+        batch = place(fd, extents, memory)
+        batch[:, TICKET] = np.arange(60) // 2  # two ranges a ticket
+        reader.submit(batch[:40], prefetch=True)
+        reader.submit(batch[40:])
+        cancelled = set()
+        for _ in range(10):
+            chosen = rng.permutation(30)[:3].tolist()
+            if rng.random() < 0.5:
+                reader.promote(chosen)
+            else:
+                reader.cancel(chosen)
+                cancelled |= set(chosen)
+        done, failed = collect(reader, 30)
+        assert sorted(done + [f.ticket for f in failed]) == list(range(30))
+        assert {f.ticket for f in failed} <= cancelled & set(range(20))
+        for row, (offset, nbytes) in zip(batch.tolist(), extents, strict=True):
+            start = row[DEST] - memory.ctypes.data
+            if row[TICKET] in done:
+                assert memory[start : start + nbytes].tobytes() == data[offset : offset + nbytes]
+        reader.detach(memory)

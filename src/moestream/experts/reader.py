@@ -111,8 +111,14 @@ class Reader(Protocol):
         Waits for ``min_count`` tickets, or all outstanding ones if they are fewer, but at most ``timeout`` seconds.
         """
 
+    def promote(self, tickets: Sequence[int]) -> None:
+        """Read what is queued of these prefetch tickets before all else; any other ticket is left alone."""
+
+    def cancel(self, tickets: Sequence[int]) -> None:
+        """Drop what is queued of these prefetch tickets; those that lose a read fail with ``errno.ECANCELED``."""
+
     def cancel_prefetch(self) -> None:
-        """Drop queued prefetch reads; their tickets fail with ``errno.ECANCELED``."""
+        """The same for all prefetch tickets."""
 
     def outstanding(self) -> int:
         """Tickets submitted and not finished."""
@@ -190,6 +196,14 @@ class NativeReader:
         """See ``Reader``."""
         done, failed = self._reader.wait(min_count, timeout)
         return done, [ReadFailure(*f) for f in failed] if failed else []
+
+    def promote(self, tickets: Sequence[int]) -> None:
+        """See ``Reader``."""
+        self._reader.promote(tickets)
+
+    def cancel(self, tickets: Sequence[int]) -> None:
+        """See ``Reader``."""
+        self._reader.cancel(tickets)
 
     def cancel_prefetch(self) -> None:
         """See ``Reader``."""
@@ -308,12 +322,27 @@ class PythonReader:
             self._done, self._failed = [], []
             return result
 
+    def promote(self, tickets: Sequence[int]) -> None:
+        """See ``Reader``."""
+        with self._condition:
+            self._demand.extendleft(reversed(self._take_prefetch(set(tickets))))
+
+    def cancel(self, tickets: Sequence[int]) -> None:
+        """See ``Reader``."""
+        with self._condition:
+            for row in self._take_prefetch(set(tickets)):
+                self._finish(row, ReadFailure(row[TICKET], errno.ECANCELED, row[FILE], row[OFFSET]))
+
     def cancel_prefetch(self) -> None:
         """See ``Reader``."""
         with self._condition:
-            while self._prefetch:
-                row = self._prefetch.popleft()
-                self._finish(row, ReadFailure(row[TICKET], errno.ECANCELED, row[FILE], row[OFFSET]))
+            self.cancel([row[TICKET] for row in self._prefetch])
+
+    def _take_prefetch(self, tickets: set[int]) -> list[list[int]]:
+        """Remove the queued prefetch reads of some tickets, in order."""
+        taken = [row for row in self._prefetch if row[TICKET] in tickets]
+        self._prefetch = deque(row for row in self._prefetch if row[TICKET] not in tickets)
+        return taken
 
     def outstanding(self) -> int:
         """See ``Reader``."""
