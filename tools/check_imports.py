@@ -21,6 +21,7 @@ ORDER = (
     "bench",
     "text",
     "engine",
+    "stored_plan",
     "plan",
     "models",
     "experts",

@@ -9,7 +9,7 @@ from typing import Literal
 from moestream.errors import ConfigError
 
 MAX_THREADS = 1024
-CacheMode = Literal["arena", "page", "none"]
+CacheMode = Literal["arena", "hybrid", "page", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,11 @@ class RunConfig:
     """Memory budget of the whole process in bytes; None: from free memory and the cgroup limit."""
     threads: int | None = None
     """Compute threads; None: from CPU affinity and the cgroup quota."""
-    cache: CacheMode = "arena"
-    """``arena``: direct reads into slots kept by LFRU. ``page``: buffered, trust the OS. ``none``: keep nothing."""
+    cache: CacheMode | None = None
+    """``arena``: direct reads into slots kept by LFRU. ``page``: buffered, trust the OS. ``hybrid``: slots over
+    buffered reads, so that the OS keeps what the slots drop. ``none``: keep nothing. None: see ``stored_plan``."""
+    stored_plan: bool = True
+    """Where neither ``ram`` nor ``cache`` is given, follow what ``moestream plan --measure`` found; else ``arena``."""
     exact: bool = False
     """Float32 activations and KV cache instead of int8 and float16."""
     active_experts: int | None = None
@@ -53,10 +56,11 @@ class RunConfig:
         for name in ("threads", "io_threads"):
             if (getattr(self, name) or 0) > MAX_THREADS:
                 raise ConfigError(f"{name} must be at most {MAX_THREADS}, got {getattr(self, name)}")
-        if not isinstance(self.exact, bool):
-            raise ConfigError(f"exact must be true or false, got {self.exact!r}")
-        if self.cache not in ("arena", "page", "none"):
-            raise ConfigError(f"cache must be arena, page or none, got {self.cache!r}")
+        for name in ("exact", "stored_plan"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.cache not in (None, "arena", "hybrid", "page", "none"):
+            raise ConfigError(f"cache must be arena, hybrid, page or none, got {self.cache!r}")
         if self.backend not in ("auto", "cpu", "reference"):
             raise ConfigError(f"backend must be auto, cpu or reference, got {self.backend!r}")
 

@@ -100,7 +100,7 @@ class LLM:
         *,
         ram: str | int | None = None,
         threads: int | None = None,
-        cache: CacheMode = "arena",
+        cache: CacheMode | None = None,
         exact: bool = False,
         active_experts: int | None = None,
         prefill_chunk: int = 512,
@@ -108,6 +108,7 @@ class LLM:
         context: int | None = None,
         io_threads: int = 8,
         backend: Literal["auto", "cpu", "reference"] = "auto",
+        stored_plan: bool = True,
         progress: Progress | None = None,
     ) -> LLM:
         """Load a model folder; nothing large is allocated before the memory plan fits.
@@ -116,7 +117,7 @@ class LLM:
             model: A folder, the id of a model that ``hf download`` has fetched, or ``"demo"``.
             ram: Memory of the whole process, ``"8GB"`` or bytes; None: from free memory and the cgroup limit.
             threads: Compute threads; None: from CPU affinity and the cgroup quota.
-            cache: ``arena``, ``page`` or ``none``; see ``RunConfig``.
+            cache: ``arena``, ``hybrid``, ``page`` or ``none``; None: the stored plan's, or ``arena``.
             exact: Float32 activations and KV cache.
             active_experts: Experts per token, fewer than the model's own (lossy, named in every receipt).
             prefill_chunk: Prompt tokens of one sweep.
@@ -124,6 +125,7 @@ class LLM:
             context: Tokens a sequence may have; None: min(the model's limit, 8192).
             io_threads: Reads in flight.
             backend: ``auto`` takes the native one, or the numpy reference with a warning.
+            stored_plan: Without ``ram`` and ``cache``, follow what ``moestream plan --measure`` has stored.
             progress: Called with (what, bytes done, bytes in all) while loading.
 
         Raises:
@@ -143,6 +145,7 @@ class LLM:
             context=context,
             io_threads=io_threads,
             backend=backend,
+            stored_plan=stored_plan,
         )
         folder = find_model(model)
         template = ChatTemplate.load(folder)

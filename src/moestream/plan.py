@@ -69,7 +69,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    weights: WeightMap, config: ModelConfig, run: RunConfig, ops: Ops, budget: int | None = None
+    weights: WeightMap,
+    config: ModelConfig,
+    run: RunConfig,
+    ops: Ops,
+    budget: int | None = None,
+    most_slots: int | None = None,
 ) -> MemoryPlan:
     """Divide a memory budget.
 
@@ -79,6 +84,7 @@ def plan_memory(
         run: chunk, batch, context and cache mode; ``run.ram`` is the budget unless one is given.
         ops: the backend; the reference decodes matrices to float32, exact backends keep a float32 KV cache.
         budget: bytes of the whole process; None: ``run.ram``, or most of what is available.
+        most_slots: use no more slots than this, where more were measured to be slower.
 
     Raises:
         BudgetError: the budget does not hold what must be resident; says what is needed and which flags lower it.
@@ -107,8 +113,8 @@ def plan_memory(
     left = budget - sum(fixed.values())
     if left < minimum * slot:
         raise _too_small(budget, fixed, minimum * slot, batch, context)
-    wanted = experts
-    if run.cache != "arena" and tables:  # slots only receive the reads of one layer; the rest is the OS's or nobody's
+    wanted = experts if most_slots is None else max(minimum, min(experts, most_slots))
+    if run.cache in ("page", "none") and tables:  # slots only receive the reads of one layer
         wanted = min(config.moe.experts, max(active * batch, run.io_threads))
     return MemoryPlan(
         budget=budget,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def inspect(
     model: Annotated[str, typer.Argument(help="A model folder, or 'demo'.", metavar="MODEL")],
     ram: options.Ram = None,
-    cache: options.Cache = "arena",
+    cache: options.Cache = None,
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
     context: options.Context = None,
@@ -32,7 +32,7 @@ def inspect(
 
 
 def describe(
-    model: str, ram: int | None, cache: CacheMode, active_experts: int | None, exact: bool, context: int | None
+    model: str, ram: int | None, cache: CacheMode | None, active_experts: int | None, exact: bool, context: int | None
 ) -> dict[str, Any]:
     """Everything known from the headers, as plain values."""
     from moestream.bench.demand import token_demand  # noqa: PLC0415

@@ -41,9 +41,19 @@ Threads = Annotated[
     typer.Option(min=1, help="Compute threads. Default: from affinity and the cgroup quota.", rich_help_panel=MODEL),
 ]
 Cache = Annotated[
-    CacheMode,
+    CacheMode | None,
     typer.Option(
-        help="arena: direct reads into an LFRU cache. page: buffered reads, trust the OS. none: keep nothing.",
+        help="arena: direct reads into an LFRU cache. page: buffered reads, trust the OS. hybrid: an LFRU cache over "
+        "buffered reads. none: keep nothing. Default: as `moestream plan --measure` found, else arena.",
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
+]
+StoredPlan = Annotated[
+    bool,
+    typer.Option(
+        "--stored-plan/--no-stored-plan",
+        help="Without --ram and --cache, follow what `moestream plan --measure` found.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -26,7 +26,8 @@ def run(
     model: options.Model = "demo",
     ram: options.Ram = None,
     threads: options.Threads = None,
-    cache: options.Cache = "arena",
+    cache: options.Cache = None,
+    stored_plan: options.StoredPlan = True,
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
     context: options.Context = None,
@@ -61,7 +62,7 @@ def run(
         seed=seed,
     )
     with (
-        load(model, ram, threads, cache, active_experts, exact, context, prefill_chunk) as llm,
+        load(model, ram, threads, cache, active_experts, exact, context, prefill_chunk, stored_plan) as llm,
         Interrupt(llm.cancel) as interrupt,
     ):
         if raw or llm.template is None:
@@ -85,18 +86,19 @@ def load(
     model: str,
     ram: int | None,
     threads: int | None,
-    cache: CacheMode,
+    cache: CacheMode | None,
     active_experts: int | None,
     exact: bool,
     context: int | None,
     prefill_chunk: int,
+    stored_plan: bool,
 ) -> LLM:
     """Load a model for one sequence at a time, with a progress bar."""
     from moestream.llm import LLM  # noqa: PLC0415
 
     with Bar(byte_amount) as bar:
         bar.update(f"Loading {model}")
-        return LLM.load(
+        llm = LLM.load(
             model,
             ram=ram,
             threads=threads,
@@ -106,8 +108,13 @@ def load(
             context=context,
             prefill_chunk=prefill_chunk,
             max_batch=1,
+            stored_plan=stored_plan,
             progress=lambda _what, done, total: bar.update(f"Loading {model}", done, total),
         )
+    setup = llm.runtime.setup
+    if setup.measured:
+        note(f"Following the plan measured on {setup.measured}: {setup.cache} (not with --no-stored-plan)")
+    return llm
 
 
 def write_stream(llm: LLM, stream: Iterator[Delta], quiet: bool = False) -> tuple[str, Delta]:

@@ -29,6 +29,7 @@ from moestream.models.weights import map_weights
 from moestream.ops.base import U8, Ops
 from moestream.ops.reference import ReferenceOps
 from moestream.plan import MemoryPlan, plan_memory
+from moestream.stored_plan import follow
 from moestream.system import cpu_count, default_budget, peak_rss
 
 Progress = Callable[[str, int, int], None]
@@ -85,12 +86,15 @@ def load_runtime(
         BackendError: the backend asked for is not installed.
         ReadError: the disk failed.
     """
+    run, stored = follow(run, folder)
+    assert run.cache is not None  # settled by follow
     checkpoint = open_checkpoint(folder)
     config, names = parse_config(checkpoint.config)
     weights = map_weights(checkpoint, config, names)
     threads = run.threads or cpu_count()
     ops = choose_ops(run, threads)
-    plan = plan_memory(weights, config, run, ops, run.ram or default_budget())
+    most_slots = None if stored is None else stored.slots
+    plan = plan_memory(weights, config, run, ops, run.ram or default_budget(), most_slots)
     reader = make_reader(run.io_threads)
     try:
         tables = [weights.experts.get(layer) for layer in range(len(config.layers))]
@@ -120,6 +124,7 @@ def load_runtime(
         slot_bytes=plan.slot_nbytes,
         budget=plan.budget,
         threads=threads,
+        measured=None if stored is None else stored.day,
     )
     return Runtime(folder, config, plan, model, store, reader, engine, setup)
 

@@ -69,6 +69,8 @@ class Setup:
     budget: int
     """Bytes the whole process may take."""
     threads: int
+    measured: str | None = None
+    """Day of the stored plan (``moestream plan --measure``) that chose cache and slots; None: flags or defaults did."""
 
     @property
     def lossy(self) -> tuple[str, ...]:
@@ -160,7 +162,8 @@ class Receipt:
             f"read      {format_size(self.bytes_read)} ({format_size(self.page_cache_bytes)} from the page cache), "
             f"waited {self.stall_s:.2f} s{_percent(', ', self.io_overlap, ' of I/O hidden')}",
             f"memory    peak {format_size(self.peak_rss)} of {format_size(s.budget)}; cache {s.cache}"
-            + (f", {s.slots} slots of {format_size(s.slot_bytes)}" if s.slots else ""),
+            + (f", {s.slots} slots of {format_size(s.slot_bytes)}" if s.slots else "")
+            + (f" (plan measured on {s.measured})" if s.measured else ""),
             f"backend   {s.backend}, {s.threads} threads, {'exact' if s.exact else 'fast'} activations",
         ]
         return rows

@@ -36,7 +36,7 @@ class StoreStats:
     bytes_read: int = 0
     """Read from disk, whole blocks for direct reads."""
     bytes_cached: int = 0
-    """Served by the page cache (mode ``page`` on Linux)."""
+    """Served by the page cache (buffered modes on Linux)."""
     hits: int = 0
     """Experts found in a slot, once per layer and step."""
     misses: int = 0
@@ -104,7 +104,8 @@ class ExpertStore:
         tables: Where each layer's experts lie; None for a layer without experts.
         files: The checkpoint's files, indexed by ``ExpertTable.ranges``.
         slots: Experts that fit in memory together; any number from 1 works, top-k and more is sensible.
-        mode: ``arena``: direct reads, LFRU; ``page``: buffered reads, the OS caches; ``none``: direct, nothing stays.
+        mode: ``arena``: direct reads, LFRU; ``page``: buffered reads, the OS caches; ``hybrid``: buffered reads, LFRU;
+            ``none``: direct, nothing stays.
         reader: Does the reading; the store does not close it.
 
     Attributes:
@@ -134,7 +135,7 @@ class ExpertStore:
         for layer, table in enumerate(tables):
             self._plans.append(None if table is None else _LayerPlan(layer, len(layer_of_key), table))
             layer_of_key += [layer] * (0 if table is None else table.num_experts)
-        self._open(files, direct=mode != "page")
+        self._open(files, direct=mode in ("arena", "none"))
         self.arena = Arena(slots, max((p.slot_nbytes for p in self._plans if p is not None), default=BLOCK))
         reader.attach(self.arena.memory)
         self._layer_of_key = layer_of_key
@@ -157,7 +158,7 @@ class ExpertStore:
 
     def _make_policy(self) -> LFRU:
         slots = self.arena.slots
-        if self.mode != "arena":
+        if self.mode in ("page", "none"):
             return LRU(slots, self._layer_of_key, reserve=slots)
         everything_fits = slots >= len(self._layer_of_key)
         return LFRU(slots, self._layer_of_key, reserve=0 if everything_fits else min(LANDING_SLOTS, slots // 4))
@@ -184,7 +185,7 @@ class ExpertStore:
 
     @property
     def direct(self) -> bool:
-        """Whether every file is read past the page cache; False in mode ``page`` or where the file system refuses."""
+        """Whether every file is read past the page cache; False in modes ``page`` and ``hybrid`` or where it refuses."""
         return all(self.reader.is_direct(file) for file in self._files)
 
     def reset(self) -> None:
