@@ -37,6 +37,20 @@ class ExpertSource(Protocol):
         """Submit every read that ids [T, k] need of ``layer``, and return at once."""
 
 
+class ReadAhead(Protocol):
+    """Takes experts that a layer will probably choose, to read them while the disk has nothing else to do."""
+
+    def predictions(self, layer: int, rows: int) -> int:
+        """How many experts to predict for each of so many rows of ``layer``; 0: reading ahead would not pay."""
+
+    def prefetch(self, layer: int, ids: I32) -> None:
+        """Experts [T, m] that ``layer``, the next to be streamed, will probably choose; the likeliest come first."""
+
+
+LookAhead = Callable[[F32, int], None]
+"""(residual [T, H], layer): guess from it what the layer after ``layer`` will choose."""
+
+
 @dataclass(slots=True)
 class Step:
     """What the blocks share during one forward pass."""
@@ -49,6 +63,7 @@ class Step:
     cos: F32  # [T, R / 2]
     sin: F32  # [T, R / 2]
     scratch: Scratch
+    look_ahead: LookAhead | None = None
 
 
 @dataclass(slots=True)
@@ -156,6 +171,8 @@ class Moe:
         logits, *shared_gate = ops.linear(h, gates)
         ids, weights = self._route(logits, layer, step)
         stream = step.experts.stream(layer, ids)  # submits every read; the shared expert is computed meanwhile
+        if step.look_ahead is not None:
+            step.look_ahead(x, layer)
         shared = None
         if self.shared is not None:
             shared = ops.swiglu(h, self.shared.gate, self.shared.up, self.shared.down)

@@ -12,7 +12,7 @@ import numpy as np
 
 from moestream.errors import ConfigError
 from moestream.models.batch import Batch
-from moestream.models.blocks import ExpertSource, Mixer, Mlp, RouterOverride, Scratch, Step
+from moestream.models.blocks import ExpertSource, Mixer, Mlp, Moe, ReadAhead, RouterOverride, Scratch, Step
 from moestream.models.config import ModelConfig
 from moestream.models.states import SequenceStates
 from moestream.ops.base import F32, I32, Matrix, Ops
@@ -46,6 +46,8 @@ class Model:
         active_experts: experts used per token; fewer than ``config.moe.active`` is lossy.
         observe: called with (layer, residual [T, H]) after each layer; for tests.
         router_override: imposes expert ids; for benchmarks that need a given routing.
+        read_ahead: told what the next layer will probably choose; None: nothing is predicted.
+        predict_override: imposes predictions, as ``router_override`` imposes what they predict.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Model:
             raise ConfigError(f"active_experts is {active_experts}, the model has {config.moe.experts} experts")
         self.observe: Callable[[int, F32], None] | None = None
         self.router_override: RouterOverride | None = None
+        self.read_ahead: ReadAhead | None = None
+        self.predict_override: RouterOverride | None = None
         self._weights = weights
         self._scratch = Scratch()
         pairs = np.arange(0, config.attention.rotary_dim, 2)
@@ -98,7 +102,10 @@ class Model:
         ops = self.ops
         angles = batch.positions[:, None] * self._frequencies  # [T, R / 2], float64: exact at any position
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        step = Step(ops, self.experts, self.active_experts, self.router_override, batch, cos, sin, self._scratch)
+        look_ahead = None if self.read_ahead is None else self._look_ahead
+        step = Step(
+            ops, self.experts, self.active_experts, self.router_override, batch, cos, sin, self._scratch, look_ahead
+        )
         x = ops.embed(batch.ids, self._weights.embed)
         for i, layer in enumerate(self._weights.layers):
             x = x + layer.mixer.forward(ops.rms_norm(x, layer.mixer_norm, self.config.eps), i, step)
@@ -108,6 +115,23 @@ class Model:
             if batch.on_layer is not None:
                 batch.on_layer(i + 1, len(self._weights.layers))
         return x
+
+    def _look_ahead(self, x: F32, layer: int) -> None:
+        """Route the residual of ``layer`` [T, H] with the next layer's router: most of what that will choose."""
+        assert self.read_ahead is not None
+        if layer + 1 == len(self._weights.layers):
+            return
+        following = self._weights.layers[layer + 1]
+        if not isinstance(following.mlp, Moe):
+            return
+        count = min(self.read_ahead.predictions(layer + 1, len(x)), self.active_experts)
+        if count == 0:
+            return
+        h = self.ops.rms_norm(x, following.mlp_norm, self.config.eps)
+        ids, _ = self.ops.route(self.ops.linear(h, [following.mlp.router])[0], count, False)
+        if self.predict_override is not None:
+            ids = self.predict_override(layer + 1, len(x))[:, :count]
+        self.read_ahead.prefetch(layer + 1, ids)
 
     def _logits(self, x: F32, rows: I32) -> F32:
         """Logits of some rows: [T, H] -> [N, V]."""
