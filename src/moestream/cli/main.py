@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moestream.cli import bench, chat, doctor, inspect, run
+from moestream.cli import bench, chat, doctor, inspect, run, trace
 from moestream.cli.output import show_warning
 from moestream.errors import ConfigError, MoestreamError
 
@@ -25,6 +25,7 @@ app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.add_typer(trace.app, name="trace")
 
 
 def _version(value: bool) -> None:

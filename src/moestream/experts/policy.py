@@ -15,9 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 
+from moestream.errors import ConfigError
+
 NO_SLOT = -1
+LANDING_SLOTS = 16
+"""Slots kept free for bytes on their way, so that a layer's reads never wait for an eviction to be worth it."""
+POLICIES = ("lru", "lfru")
 _NEW = 2
 _RESCALE = 2.0**200
+
+
+def landing_slots(slots: int, experts: int) -> int:
+    """How many of the slots to keep free for bytes on their way; none where every expert fits."""
+    return 0 if slots >= experts else min(LANDING_SLOTS, slots // 4)
 
 
 class LFRU:
@@ -200,29 +210,57 @@ class Replay:
         return self.hits / self.requests if self.requests else 0.0
 
 
+def make_policy(name: str, slots: int, layer_of_key: Sequence[int]) -> LFRU:
+    """The policy of a store of that size, by its name in ``POLICIES``.
+
+    ``lfru:64`` has another half-life (in tokens) than the store's.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    kind, _, half_life = name.partition(":")
+    reserve = landing_slots(slots, len(layer_of_key))
+    if name == "lru":
+        return LRU(slots, layer_of_key, reserve)
+    if name == "lfru":
+        return LFRU(slots, layer_of_key, reserve)
+    if kind == "lfru" and half_life.isascii() and half_life.isdecimal() and 0 < int(half_life[:9]) < 10**8:
+        return LFRU(slots, layer_of_key, reserve, float(half_life))
+    raise ConfigError(f"unknown policy {name!r}: choose from {', '.join(POLICIES)}, or a half-life as in lfru:64")
+
+
+def serve(policy: LFRU, request: Request) -> int:
+    """What the store does for one layer of one step if every read is instantaneous; returns the number of hits."""
+    slot_of = policy.slot_of
+    policy.record(request.layer, request.keys, request.counts, request.rows)
+    held = [key for key in request.keys if slot_of[key] != NO_SLOT]
+    hits = len(held)
+    misses = [key for key in request.keys if slot_of[key] == NO_SLOT] if hits < len(request.keys) else []
+    for key in held:
+        policy.pin(key)
+    for key in misses:
+        if policy.acquire(key) is None:
+            policy.release(held)
+            held = []
+            policy.acquire(key, force=True)
+        held.append(key)
+    policy.release(held)
+    return hits
+
+
 def simulate(policy: LFRU, trace: Sequence[Request]) -> Replay:
     """Replay a trace as the store would if every read were instantaneous."""
-    hits = requests = 0
-    for request in trace:
-        policy.record(request.layer, request.keys, request.counts, request.rows)
-        held = [key for key in request.keys if policy.slot_of[key] != NO_SLOT]
-        misses = [key for key in request.keys if policy.slot_of[key] == NO_SLOT]
-        hits += len(held)
-        requests += len(request.keys)
-        for key in held:
-            policy.pin(key)
-        for key in misses:
-            if policy.acquire(key) is None:
-                policy.release(held)
-                held = []
-                policy.acquire(key, force=True)
-            held.append(key)
-        policy.release(held)
-    return Replay(hits, requests)
+    hits = sum(serve(policy, request) for request in trace)
+    return Replay(hits, sum(len(request.keys) for request in trace))
 
 
 def belady(trace: Sequence[Request], slots: int) -> Replay:
     """The best any policy could do knowing the future (Belady 1966): keep what is needed soonest."""
+    return Replay(sum(belady_hits(trace, slots)), sum(len(request.keys) for request in trace))
+
+
+def belady_hits(trace: Sequence[Request], slots: int) -> list[int]:
+    """Hits of each request under Belady's policy."""
     never = len(trace)
     later: dict[int, int] = {}
     next_uses: list[list[int]] = []
@@ -231,12 +269,11 @@ def belady(trace: Sequence[Request], slots: int) -> Replay:
         later.update(dict.fromkeys(trace[at].keys, at))
     next_uses.reverse()
 
-    hits = requests = 0
+    hits: list[int] = []
     resident: dict[int, int] = {}  # key: next use
     heap: list[tuple[int, int]] = []  # (-next use, key), some stale
     for request, uses in zip(trace, next_uses, strict=True):
-        hits += sum(key in resident for key in request.keys)
-        requests += len(request.keys)
+        hits.append(sum(key in resident for key in request.keys))
         for key, use in zip(request.keys, uses, strict=True):
             resident[key] = use
             heappush(heap, (-use, key))
@@ -244,4 +281,4 @@ def belady(trace: Sequence[Request], slots: int) -> Replay:
             use, key = heappop(heap)
             if resident.get(key) == -use:
                 del resident[key]
-    return Replay(hits, requests)
+    return hits
