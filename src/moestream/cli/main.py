@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moestream.cli import bench, chat, doctor, inspect, run, trace
+from moestream.cli import bench, chat, doctor, inspect, plan, run, trace
 from moestream.cli.output import show_warning
 from moestream.errors import ConfigError, MoestreamError
 
@@ -24,6 +24,7 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
+app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.add_typer(trace.app, name="trace")
 

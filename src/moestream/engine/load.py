@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moestream.checkpoint.encoding import Extent
 from moestream.checkpoint.index import Checkpoint, open_checkpoint
-from moestream.config import RunConfig
+from moestream.config import CacheMode, RunConfig
 from moestream.engine.engine import Engine
 from moestream.engine.receipt import IoCounters, Receipt, Setup
 from moestream.engine.sequence import Sequence
@@ -25,7 +25,7 @@ from moestream.models.config import ModelConfig
 from moestream.models.loader import load_model
 from moestream.models.model import Model
 from moestream.models.registry import parse_config
-from moestream.models.weights import map_weights
+from moestream.models.weights import WeightMap, map_weights
 from moestream.ops.base import U8, Ops
 from moestream.ops.reference import ReferenceOps
 from moestream.plan import MemoryPlan, plan_memory
@@ -97,8 +97,7 @@ def load_runtime(
     plan = plan_memory(weights, config, run, ops, run.ram or default_budget(), most_slots)
     reader = make_reader(run.io_threads)
     try:
-        tables = [weights.experts.get(layer) for layer in range(len(config.layers))]
-        store = ExpertStore(tables, checkpoint.files, max(1, plan.slots), run.cache, reader)
+        store = make_store(checkpoint, weights, config, plan.slots, run.cache, reader)
         read = _resident_reader(checkpoint, reader, progress)
         model = load_model(checkpoint, config, weights, ops, store, read, run.active_experts)
     except BaseException:
@@ -127,6 +126,18 @@ def load_runtime(
         measured=None if stored is None else stored.day,
     )
     return Runtime(folder, config, plan, model, store, reader, engine, setup)
+
+
+def make_store(
+    checkpoint: Checkpoint, weights: WeightMap, config: ModelConfig, slots: int, cache: CacheMode, reader: Reader
+) -> ExpertStore:
+    """The store of a model's routed experts.
+
+    Raises:
+        ReadError: a file cannot be opened.
+    """
+    tables = [weights.experts.get(layer) for layer in range(len(config.layers))]
+    return ExpertStore(tables, checkpoint.files, max(1, slots), cache, reader)
 
 
 def choose_ops(run: RunConfig, threads: int) -> Ops:
