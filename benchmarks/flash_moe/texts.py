@@ -11,11 +11,28 @@ from typing import Any
 from moestream import LLM
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools" / "demo_model"))
-import chat  # noqa: E402
-import tool_calls  # noqa: E402
+import chat
+import tool_calls
 
-NAMES = "Mia Leo Ada Finn Nora Otto Iris Hugo Lena Theo Ruth Emil Vera Jonas Clara Paul".split()
-HEROES = "fox|dragon|little robot|brave mouse|old sailor|clever owl|young baker|lost kitten".split("|")
+NAMES = [
+    "Mia",
+    "Leo",
+    "Ada",
+    "Finn",
+    "Nora",
+    "Otto",
+    "Iris",
+    "Hugo",
+    "Lena",
+    "Theo",
+    "Ruth",
+    "Emil",
+    "Vera",
+    "Jonas",
+    "Clara",
+    "Paul",
+]
+HEROES = ["fox", "dragon", "little robot", "brave mouse", "old sailor", "clever owl", "young baker", "lost kitten"]
 
 
 @dataclass(frozen=True, slots=True)
