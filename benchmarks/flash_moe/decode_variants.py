@@ -207,9 +207,8 @@ def main() -> None:
         bench.tokens = args.tokens
         before = common.disk_rate(file), common.memory_rate()
         results = common.interleave(made, args.rounds)
-        disk, memory = (
-            (a + b) / 2 for a, b in zip(before, (common.disk_rate(file), common.memory_rate()), strict=True)
-        )
+        after = common.disk_rate(file), common.memory_rate()
+    disk, memory = ((a + b) / 2 for a, b in zip(before, after, strict=True))
     print(f"ceilings: disk {disk / common.GB:.2f} GB/s, memory {memory / common.GB:.1f} GB/s")
     print("\n".join(common.table(results, args.variants[0], "tok/s")))
     report: dict[str, Any] = {"disk_GB_s": disk / common.GB, "memory_GB_s": memory / common.GB, "variants": {}}

@@ -128,8 +128,8 @@ def main() -> None:
         }
         for mode, fact in facts[when].items():
             print(
-                f"  {mode}: {fact['disk_MB']:.0f} MB a token from the disk, {fact['page_cache_MB']:.0f} from the page cache"
-                f", slots hit {100 * fact['hit_rate']:.0f} %"
+                f"  {mode}: {fact['disk_MB']:.0f} MB a token from the disk, {fact['page_cache_MB']:.0f} from the page "
+                f"cache, slots hit {100 * fact['hit_rate']:.0f} %"
             )
     common.report("trusting the page cache +38 %", {"disk_GB_s": disk / common.GB, "ram": args.ram, **facts})
 

@@ -57,7 +57,7 @@ def losses(llm: LLM, shipped: LLM, sample: list[texts.Text]) -> tuple[float, flo
 
 
 def tool_rates(llm: LLM, requests: list[texts.ToolRequest]) -> dict[str, float]:
-    """Shares of greedy replies: well-formed calls, exactly the right calls, and no broken call among those that call."""
+    """Of greedy replies: well-formed, exactly right; of requests for a call: those that get none that can be used."""
     valid = right = broken = called = 0
     for request in requests:
         greedy = llm.generate(request.prompt, max_tokens=160, temperature=0, repetition_penalty=1.0)
@@ -108,11 +108,8 @@ def main() -> None:
                     loss, kl = losses(llm, shipped, right)
                     rates = tool_rates(llm, requests)
                     fact[kind] = {"loss": loss, "kl": kl, **rates}
-                    print(
-                        f"  {kind:13} loss {loss:.3f}, KL {kl:.4f}; calls valid {100 * rates['valid']:.1f} %, replies right "
-                        f"{100 * rates['right']:.1f} %, no usable call where one was wanted {100 * rates['no_usable_call']:.1f} %",
-                        flush=True,
-                    )
+                    percents = ", ".join(f"{key} {100 * rate:.1f} %" for key, rate in rates.items())
+                    print(f"  {kind:13} loss {loss:.3f}, KL {kl:.4f}; replies: {percents}", flush=True)
                 story = llm.chat(
                     [{"role": "user", "content": "Tell me a story about a fox"}], max_tokens=90, seed=3
                 ).text.replace("\n", " ")

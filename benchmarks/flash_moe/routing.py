@@ -41,6 +41,7 @@ class Recorder:
         self.chosen: list[list[I32]] = [[] for _ in layers]  # [T, k] a text
         self.early: list[list[F32]] = [[] for _ in layers]  # logits [T, E] by the layer before
         self.renormed: list[list[F32]] = [[] for _ in layers]
+        self.model.read_ahead = None  # it would route too
         ops = self.model.ops
         self._linear: Callable[[F32, Sequence[Matrix]], list[F32]] = ops.linear
         self._route: Callable[[F32, int, bool], tuple[I32, F32]] = ops.route
@@ -156,9 +157,8 @@ def main() -> None:
     chosen = recorder.chosen
     after = range(1, len(chosen))
     counts = (2, 4, k, 10)
-    print(
-        f"{sum(len(t.ids) for t in read)} tokens, {len(chosen)} layers, {k} of {experts} experts; by chance {k / experts:.2f}"
-    )
+    tokens = sum(len(text.ids) for text in read)
+    print(f"{tokens} tokens, {len(chosen)} layers, {k} of {experts} experts; by chance {k / experts:.2f}")
 
     def over_layers(one: Callable[[int], dict[int, float]]) -> dict[int, float]:
         each = [one(layer) for layer in after]
@@ -180,8 +180,8 @@ def main() -> None:
         }
         for name, c in case.items():
             print(
-                f"  LFRU of {100 * share:4.1f} %: {name} prefetch names {100 * c['covered']:.0f} % of {c['misses']} misses; "
-                f"{100 * c['used']:.0f} % of what it reads is used"
+                f"  LFRU of {100 * share:4.1f} %: {name} prefetch names {100 * c['covered']:.0f} % of {c['misses']} "
+                f"misses; {100 * c['used']:.0f} % of what it reads is used"
             )
     rates = {f"this model, {k} of {experts}": hit_rates(chosen, experts)}
     for active in (10, 4):

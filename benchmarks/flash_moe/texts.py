@@ -14,24 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tools" / "demo_model"
 import chat
 import tool_calls
 
-NAMES = [
-    "Mia",
-    "Leo",
-    "Ada",
-    "Finn",
-    "Nora",
-    "Otto",
-    "Iris",
-    "Hugo",
-    "Lena",
-    "Theo",
-    "Ruth",
-    "Emil",
-    "Vera",
-    "Jonas",
-    "Clara",
-    "Paul",
-]
+NAMES = ("Mia", "Leo", "Ada", "Finn", "Nora", "Otto", "Iris", "Hugo", "Lena", "Theo", "Ruth", "Emil")
 HEROES = ["fox", "dragon", "little robot", "brave mouse", "old sailor", "clever owl", "young baker", "lost kitten"]
 
 
