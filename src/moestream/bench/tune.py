@@ -1,8 +1,8 @@
 """Finds the cache mode and size that decode fastest here, by trying them on the model's own routing.
 
 The dense weights are loaded once; every candidate gets a store of its own, is filled at the disk's speed (popular
-experts by replaying recorded routing), and then decodes for a few seconds. Candidates run in order of growing memory
-and the best of them once more in reverse, so that a disk that drifts does not choose.
+experts by replaying recorded routing), and then decodes for a few seconds. Arenas are tried by falling size,
+then what uses the page cache, and the best once more in reverse, so that a disk that drifts does not choose.
 
 Shape letters: T rows, k experts per row, E experts of a layer.
 """
@@ -43,8 +43,10 @@ PROMPTS = (
     "Question: why is the sky blue in the day and red in the evening? Answer:",
     "The parliament met on Tuesday to discuss the new budget. The minister of finance said",
 )
-RECORD_SHARE, FILL_SHARE = 0.12, 0.55
-"""Of the whole time for recording routing; of a candidate's turn for filling its cache."""
+RECORD_SHARE, DECODE_SHARE = 0.1, 0.03
+"""Of the whole time: for recording routing, and for a turn of decoding."""
+FILL_SHARE = 0.35
+"""Of the time left: for filling the caches of one candidate, at most."""
 PROBE_SECONDS = 0.3
 SURVIVE, TIE = 0.75, 0.95
 """Second turns go to what reaches this share of the best; what reaches the larger one counts as equally fast."""
@@ -84,20 +86,21 @@ class Turn:
     """Bytes per second of direct reads, probed just before."""
 
 
-def candidates(plan: MemoryPlan, floor: int, staging: int) -> list[Candidate]:
-    """What to try, by growing memory of the process.
+def candidates(plan: MemoryPlan, floor: int, staging: int, available: int) -> list[Candidate]:
+    """What to try, in this order: the later ones find what the earlier ones left in the page cache.
 
     Args:
         plan: the largest arena that the budget allows.
         floor: experts that one token touches; an LRU of fewer slots never hits.
         staging: slots of mode ``page``.
+        available: bytes of free memory, of which ``hybrid`` leaves at least half to the page cache.
     """
     most = plan.slots
     arenas = {most, most * 3 // 4, most // 2} | ({floor} if floor < most * 2 // 5 else set())
-    tried = [Candidate("hybrid", size) for size in (most // 4, most // 2)]
-    tried += [Candidate("arena", size) for size in sorted(arenas)]
-    tried = [c for c in tried if c.slots >= max(plan.slots_minimum, 1)]
-    return [Candidate("page", staging), *sorted(dict.fromkeys(tried), key=lambda c: c.slots)]
+    largest = min(most, available // 2 // plan.slot_nbytes)
+    tried = [Candidate("arena", size) for size in sorted(arenas, reverse=True)]
+    tried += [Candidate("page", staging), Candidate("hybrid", largest // 2), Candidate("hybrid", largest)]
+    return [c for c in dict.fromkeys(tried) if c.slots >= plan.slots_minimum]
 
 
 def choose(rates: dict[Candidate, float]) -> Candidate:
@@ -151,7 +154,7 @@ def tune(
     tuner = _Tuner(checkpoint, weights, runtime, run, routing)
     try:
         floor = len(weights.experts) * runtime.model.active_experts
-        tried = candidates(plan, floor, runtime.plan.slots)
+        tried = candidates(plan, floor, runtime.plan.slots, system.memory().available)
         with probe_file(checkpoint.files) as probed:
             results = _measure(tuner, tried, seconds, probed, say, progress)
     finally:
@@ -199,6 +202,7 @@ def _measure(
 ) -> dict[Candidate, list[Turn]]:
     """Both rounds; the turns of each candidate."""
     start = time.perf_counter()
+    end = start + seconds
 
     def shown(what: str) -> None:
         progress(what, round(min(time.perf_counter() - start, seconds)), max(1, round(seconds)))
@@ -207,25 +211,21 @@ def _measure(
     tuner.record(start + RECORD_SHARE * seconds)
     results: dict[Candidate, list[Turn]] = {}
 
-    def turn(candidate: Candidate, share: float) -> None:
+    def turn(candidate: Candidate) -> None:
         tuner.tick = lambda: shown(f"Trying {candidate.cache}, {candidate.slots} slots")
         tuner.tick()
-        began = time.perf_counter()
         disk = native().probe_read(str(probed), LARGE, PROBE_SECONDS, True, PROBE_THREADS)
-        measured = tuner.turn(candidate, began + FILL_SHARE * share, began + share, disk)
+        measured = tuner.turn(candidate, FILL_SHARE * max(1.0, end - time.perf_counter()), DECODE_SHARE * seconds, disk)
         results.setdefault(candidate, []).append(measured)
         say(turn_line(candidate, tuner.slot_nbytes, measured))
 
-    left = start + seconds - time.perf_counter()
-    expected = len(tried) + min(MOST_SURVIVORS, len(tried)) / 2  # turns of the second round are shorter: half is filled
     for candidate in tried:
-        turn(candidate, left / expected)
+        turn(candidate)
     best = max(turns[0].tok_s for turns in results.values())
     again = [c for c in reversed(tried) if results[c][0].tok_s >= SURVIVE * best][:MOST_SURVIVORS]
-    for number, candidate in enumerate(again):
-        left = start + seconds - time.perf_counter()
-        if left > 0:
-            turn(candidate, left / (len(again) - number))
+    for candidate in again:
+        if end - time.perf_counter() > 2 * DECODE_SHARE * seconds:
+            turn(candidate)
     return results
 
 
@@ -272,13 +272,13 @@ class _Tuner:
             if time.perf_counter() > until:
                 break
 
-    def turn(self, candidate: Candidate, fill_until: float, until: float, disk: float) -> Turn:
+    def turn(self, candidate: Candidate, fill_seconds: float, decode_seconds: float, disk: float) -> Turn:
         """Fill a candidate's caches, then decode."""
         self._swap(candidate)
-        filled = self._fill(candidate, fill_until)
+        filled = self._fill(candidate, time.perf_counter() + fill_seconds)
         store, times = self.runtime.store, list[float]()
         self._step()  # what the conversation itself needs now
-        before = store.stats()
+        before, until = store.stats(), time.perf_counter() + decode_seconds
         while len(times) < FEWEST_TOKENS or (len(times) < MOST_TOKENS and time.perf_counter() < until):
             self.tick()
             began = time.perf_counter()
