@@ -16,6 +16,7 @@ PACKAGE = "moestream"
 ORDER = (
     "__main__",
     "cli",
+    "server",
     "__init__",
     "llm",
     "bench",

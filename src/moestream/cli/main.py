@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moestream.cli import bench, chat, doctor, inspect, plan, run, trace
+from moestream.cli import bench, chat, doctor, inspect, plan, run, serve, trace
 from moestream.cli.output import show_warning
 from moestream.errors import ConfigError, MoestreamError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
+app.command("serve", context_settings={"auto_envvar_prefix": serve.PREFIX})(serve.serve)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moestream.engine.receipt import FinishReason, IoCounters, Usage
-from moestream.engine.sampling import Sampler, SamplingParams, TokenLogprobs
+from moestream.engine.sampling import Constraint, Sampler, SamplingParams, TokenLogprobs, token_logprobs
 from moestream.engine.scheduler import Scheduler
 from moestream.engine.sequence import Sequence
-from moestream.errors import MoestreamError, NonFiniteLogitsError, RequestError
+from moestream.errors import MoestreamError, RequestError
 from moestream.models.batch import Batch
 from moestream.models.states import SequenceStates
 from moestream.ops.base import F32, I64
@@ -46,6 +46,8 @@ class TokenEvent:
     sequence: Sequence
     token: int | None
     logprobs: TokenLogprobs | None = None
+    ends: bool = False
+    """The token only ends the reply and is no part of its text."""
 
 
 class Engine:
@@ -127,14 +129,15 @@ class Engine:
             )
         return ids.astype(np.int64)
 
-    def add(self, prompt: Ids, params: SamplingParams) -> Sequence:
-        """Queue a request.
+    def add(self, prompt: Ids, params: SamplingParams, constraint: Constraint | None = None) -> Sequence:
+        """Queue a request, whose reply is what ``constraint`` allows.
 
         Raises:
             RequestError: see ``check``.
         """
         tokens = tuple(self.check(prompt).tolist())
-        sequence = Sequence(next(self._ids), tokens, params, Sampler(params, tokens), Usage(time.perf_counter()))
+        sampler = Sampler(params, tokens, constraint)
+        sequence = Sequence(next(self._ids), tokens, params, sampler, Usage(time.perf_counter()))
         self._scheduler.add(sequence)
         return sequence
 
@@ -187,11 +190,11 @@ class Engine:
         if self.on_step is not None:
             self.on_step(chunks)
         try:
-            batch, sampled = self._batch(chunks)
+            batch, wanted = self._batch(chunks)
             before = self._counters()
             logits = self._forward(batch)
             self._account(chunks, self._counters() - before)
-            return self._postprocess(chunks, batch, sampled, logits)
+            return self._postprocess(chunks, batch, wanted, logits)
         except Exception as error:
             return [self._fail(sequence, error) for sequence, _ in chunks if not sequence.finished]
         except BaseException:
@@ -207,10 +210,11 @@ class Engine:
         self._half_way = False
         return logits
 
-    def _batch(self, chunks: list[tuple[Sequence, int]]) -> tuple[Batch, list[Sequence]]:
-        """The batch of a step, and the sequences that sample from its logits rows, in their order."""
+    def _batch(self, chunks: list[tuple[Sequence, int]]) -> tuple[Batch, list[tuple[Sequence, int]]]:
+        """The batch of a step, and the sequences that use its logits, in order, with the number of their rows."""
         now = time.perf_counter()
-        parts, rows, sampled, row = [], [], [], 0
+        parts, wanted, row = [], [], 0
+        rows: list[int] = []
         for sequence, count in chunks:
             if sequence.states is None:
                 limit = sequence.params.max_tokens
@@ -218,15 +222,18 @@ class Engine:
                 sequence.states = self._model.new_states(room)
                 sequence.usage.started = now
             parts.append((sequence.upcoming(count), sequence.states))
+            own = range(row, row + count)
+            if sequence.params.prompt_logprobs is None or sequence.decoding:
+                ready = sequence.computed + count >= len(sequence.prompt)
+                own = own[-1:] if ready else own[:0]
+            rows += own
+            wanted.append((sequence, len(own)))
             row += count
-            if sequence.computed + count >= len(sequence.prompt):
-                rows.append(row - 1)
-                sampled.append(sequence)
         batch = Batch.of(parts)
         batch.logits_rows = np.array(rows, np.int32)
         if self.on_progress is not None:
             batch.on_layer = _prompt_progress(chunks, self.on_progress)
-        return batch, sampled
+        return batch, wanted
 
     def _account(self, chunks: list[tuple[Sequence, int]], io: IoCounters) -> None:
         total = sum(count for _, count in chunks)
@@ -234,7 +241,7 @@ class Engine:
             sequence.usage.io += io.scaled(count / total)
 
     def _postprocess(
-        self, chunks: list[tuple[Sequence, int]], batch: Batch, sampled: list[Sequence], logits: F32
+        self, chunks: list[tuple[Sequence, int]], batch: Batch, wanted: list[tuple[Sequence, int]], logits: F32
     ) -> list[TokenEvent]:
         failed: dict[int, MoestreamError] = {}
         for row, error in batch.failures:
@@ -245,15 +252,23 @@ class Engine:
             sequence.computed += count
             if index in failed:
                 events.append(self._fail(sequence, failed[index]))
-        for row, sequence in zip(logits, sampled, strict=True):
-            if not sequence.finished:
-                events.append(self._sample(sequence, row))
+        start = 0
+        for sequence, count in wanted:
+            own = logits[start : start + count]
+            start += count
+            if sequence.finished or not count:
+                continue
+            _score_prompt(sequence, own)
+            if sequence.decoding:
+                events.append(self._sample(sequence, own[-1]))
         return events
 
     def _sample(self, sequence: Sequence, logits: F32) -> TokenEvent:
+        constraint = sequence.sampler.constraint
         try:
             sampled = sequence.sampler.sample(logits, sequence.tokens)
-        except NonFiniteLogitsError as error:
+            complete = constraint is not None and constraint.complete
+        except Exception as error:  # its own affair: NaN logits, or a constraint that failed
             return self._fail(sequence, error)
         usage, params = sequence.usage, sequence.params
         usage.last = time.perf_counter()
@@ -263,11 +278,11 @@ class Engine:
             sequence.logprobs.append(sampled.logprobs)
         ended = sampled.token in params.stop_token_ids or (sampled.token in self._eos_ids and not params.ignore_eos)
         length = len(sequence.tokens)
-        if ended:
+        if ended or complete:
             self._finish(sequence, "stop")
         elif length == params.max_tokens or len(sequence.prompt) + length >= self.context:
             self._finish(sequence, "length")
-        return TokenEvent(sequence, sampled.token, sampled.logprobs)
+        return TokenEvent(sequence, sampled.token, sampled.logprobs, ends=ended)
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         if not isinstance(error, MoestreamError):
@@ -282,6 +297,15 @@ class Engine:
         sequence.finish_reason = reason
         sequence.states = None  # its memory is free for the next one
         self._scheduler.remove(sequence)
+
+
+def _score_prompt(sequence: Sequence, logits: F32) -> None:
+    """Log probabilities of the prompt's tokens, from the logits [N, V] after those just before them."""
+    top = sequence.params.prompt_logprobs
+    if top is not None:
+        first = sequence.computed - len(logits) + 1
+        for row, token in zip(logits, sequence.prompt[first : first + len(logits)], strict=False):
+            sequence.prompt_logprobs.append(token_logprobs(row, token, top))
 
 
 def _prompt_progress(chunks: list[tuple[Sequence, int]], report: PromptProgress) -> Callable[[int, int], None] | None:

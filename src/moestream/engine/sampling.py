@@ -2,7 +2,8 @@
 
 Order of the steps (engines differ in it, so the same parameters need not mean the same distribution elsewhere):
 
-1. penalties: repetition over prompt and reply, then presence and frequency over the reply
+1. penalties: repetition over prompt and reply, then presence and frequency over the reply; then the request's
+   constraint forbids what may not come next
 2. temperature (0 is greedy: the largest logit, the lower id on a tie; the filters below do not matter then)
 3. top-k, 4. top-p of what top-k left, 5. min-p: drop what is less likely than ``min_p`` times the likeliest
 6. one uniform number of the request's own generator picks from what is left
@@ -18,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,8 @@ class SamplingParams:
     """Report the log probability of each token and of this many likeliest alternatives."""
     ignore_eos: bool = False
     """Go on after the model's own end tokens (for benchmarks)."""
+    prompt_logprobs: int | None = None
+    """Report the same for each prompt token but the first (for evaluation); its prompt is read in smaller sweeps."""
 
     def __post_init__(self) -> None:
         """Reject what could only fail later."""
@@ -88,8 +91,9 @@ class SamplingParams:
             _check_int("seed", self.seed, 0)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop must hold non-empty strings, got {text!r}")
@@ -143,16 +147,35 @@ class Sampled:
     logprobs: TokenLogprobs | None
 
 
+class Constraint(Protocol):
+    """What one reply may consist of, such as JSON of a schema. Holds the reply's state, so it serves one request."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow what was accepted: the reply is finished."""
+
+    def mask(self, logits: F32) -> None:
+        """Set the logits [V] of tokens that may not come next to -inf, in place; an end token may be left.
+
+        Raises:
+            RequestError: nothing may come next.
+        """
+
+    def accept(self, token: int) -> None:
+        """Go on with a token that ``mask`` left."""
+
+
 class Sampler:
     """Sampler of one request; holds its generator, so a batch cannot change what it draws."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
         self.params = params
+        self.constraint = constraint
         self._prompt = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1.0 else None
         self._random = np.random.default_rng(params.seed)
 
     def sample(self, logits: F32, reply: Sequence[int]) -> Sampled:
-        """Choose a token.
+        """Choose a token, one that the constraint allows.
 
         Args:
             logits: Scores of the next token, [V]; not modified.
@@ -160,6 +183,7 @@ class Sampler:
 
         Raises:
             NonFiniteLogitsError: the logits hold NaN or Inf.
+            RequestError: the constraint allows nothing.
         """
         if not (math.isfinite(logits.max()) and math.isfinite(logits.min())):  # both propagate NaN
             bad = int(np.count_nonzero(~np.isfinite(logits)))
@@ -168,7 +192,12 @@ class Sampler:
                 "the checkpoint is damaged or its weights overflow"
             )
         scores = self._penalise(logits, reply) if self.params.penalised else logits
+        if self.constraint is not None:
+            scores = scores.copy() if scores is logits else scores
+            self.constraint.mask(scores)
         token = int(scores.argmax()) if self.params.temperature == 0 else self._draw(scores)
+        if self.constraint is not None:
+            self.constraint.accept(token)
         top = self.params.logprobs
         return Sampled(token, None if top is None else token_logprobs(logits, token, top))
 
@@ -186,8 +215,9 @@ class Sampler:
     def _draw(self, scores: F32) -> int:
         ids, weights = filtered(scores, self.params)
         edges = np.cumsum(weights, dtype=np.float64)
-        # min: u * total may round up to the total itself
-        pick = min(int(np.searchsorted(edges, self._random.random() * edges[-1], side="right")), len(edges) - 1)
+        # u * total may round up to the total itself; tokens of weight 0, which a constraint may forbid, follow it
+        last = int(np.searchsorted(edges, edges[-1], side="left"))
+        pick = min(int(np.searchsorted(edges, self._random.random() * edges[-1], side="right")), last)
         return pick if ids is None else int(ids[pick])
 
 
@@ -195,7 +225,7 @@ def filtered(scores: F32, params: SamplingParams) -> tuple[I64 | None, F32]:
     """Candidates left by temperature, top-k, top-p and min-p.
 
     Args:
-        scores: Finite logits after penalties, [V].
+        scores: Logits after penalties, [V]; -inf is never chosen, something else must be left.
         params: A temperature above 0, and the filters.
 
     Returns:

@@ -6,6 +6,9 @@ from collections import deque
 
 from moestream.engine.sequence import Sequence
 
+SCORED_ROWS = 128
+"""Prompt tokens of a step whose log probabilities are wanted: their logits are 4 bytes x vocabulary each."""
+
 
 class Scheduler:
     """First come, first served.
@@ -51,11 +54,17 @@ class Scheduler:
         room = self._prefill_chunk
         for s in self._running:
             if not s.decoding and room > 0:
-                chosen.append((s, min(room, len(s.prompt) - s.computed)))
+                chosen.append((s, _next_chunk(s, room)))
                 room -= chosen[-1][1]
         while self._waiting and room > 0 and len(self._running) < self._max_batch:
             s = self._waiting.popleft()
             self._running.append(s)
-            chosen.append((s, min(room, len(s.prompt))))
+            chosen.append((s, _next_chunk(s, room)))
             room -= chosen[-1][1]
         return chosen
+
+
+def _next_chunk(sequence: Sequence, room: int) -> int:
+    """Prompt tokens of a sequence in a step that has room for so many."""
+    most = room if sequence.params.prompt_logprobs is None else min(room, SCORED_ROWS)
+    return min(most, len(sequence.prompt) - sequence.computed)

@@ -27,6 +27,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     """The reply; an end token, if one ended it, is the last."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's second token and all that follow, where ``params.prompt_logprobs`` asks for them."""
     finish_reason: FinishReason | None = None
     error: MoestreamError | None = None
 

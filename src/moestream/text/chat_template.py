@@ -173,6 +173,11 @@ class ChatTemplate:
         special = {name: text for name in names if (text := special_token(config, name)) is not None}
         return cls(templates, special, limits) if templates else None
 
+    @property
+    def source(self) -> str:
+        """The text of all templates: what they mention tells what the model was trained on."""
+        return "\n".join(self._templates.values())
+
     def warm(self) -> None:
         """Start the worker without waiting for it."""
         with self._lock:

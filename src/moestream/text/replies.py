@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from moestream.engine.engine import Engine, Ids, TokenEvent
 from moestream.engine.receipt import FinishReason, Receipt
-from moestream.engine.sampling import SamplingParams, TokenLogprobs
+from moestream.engine.sampling import Constraint, SamplingParams, TokenLogprobs
 from moestream.engine.sequence import Sequence as EngineSequence
 from moestream.errors import MoestreamError, RequestError
 from moestream.text.tokenizer import TextStream, Tokenizer
@@ -29,6 +29,8 @@ class Delta:
     receipt: Receipt | None = None
     reply: ParsedReply | None = None
     """Of a chat, in the last one: reasoning, content and tool calls."""
+    stop: str | None = None
+    """In the last one: the stop string that ended the reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ class Completion:
 
 
 @dataclass(slots=True, eq=False)
-class _Reply:
-    """A request and what is not fetched of it yet."""
+class Reply:
+    """A request on its way, and what is not fetched of it yet."""
 
     sequence: EngineSequence
     text: TextStream | None
@@ -81,7 +83,7 @@ class Replies:
         self._engine = engine
         self._tokenizer = tokenizer
         self._receipt = receipt
-        self._open: dict[int, _Reply] = {}
+        self._open: dict[int, Reply] = {}
         self._closed = False
         self._cancelled = 0
 
@@ -99,6 +101,32 @@ class Replies:
         """
         self._cancelled += 1  # the lock may be held by the very thread the signal interrupted
 
+    def submit(self, ids: Ids, params: SamplingParams, constraint: Constraint | None = None) -> Reply:
+        """Queue a request for a caller that calls ``step`` itself and takes deltas from ``pending``, then ``release``.
+
+        Raises:
+            RequestError: the prompt is wrong, or the model has been closed.
+        """
+        return self._submit(ids, params, self._cancelled, constraint)
+
+    def release(self, reply: Reply) -> None:
+        """Forget a reply; cancels it when it still runs."""
+        with self.lock:
+            self._engine.abort(reply.sequence)
+            self._open.pop(reply.sequence.id, None)
+
+    def step(self) -> bool:
+        """Run one step for all requests; False when there was nothing to do."""
+        with self.lock:
+            for reply in list(self._open.values()):
+                if reply.asked < self._cancelled:
+                    self._engine.abort(reply.sequence)
+            busy = not self._engine.idle
+            for event in self._engine.step():
+                self._deliver(event)
+            self._end_finished()
+            return busy
+
     def run(self, prompts: Sequence[Ids], params: SamplingParams) -> list[Completion]:
         """Complete prompts as one batch; a request that fails has ``error`` set.
 
@@ -107,7 +135,7 @@ class Replies:
         """
         for ids in prompts:
             self._engine.check(ids)
-        replies: list[_Reply] = []
+        replies: list[Reply] = []
         asked = self._cancelled
         try:
             with self._interruptible():
@@ -115,7 +143,7 @@ class Replies:
                 return [self._finished(reply) for reply in replies]
         finally:
             for reply in replies:
-                self._release(reply)
+                self.release(reply)
 
     def stream(self, ids: Ids, params: SamplingParams) -> Iterator[Delta]:
         """Complete a prompt token by token; closing the iterator cancels the request.
@@ -139,7 +167,7 @@ class Replies:
                     if delta.finish_reason is not None:
                         return
             finally:
-                self._release(reply)
+                self.release(reply)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -155,7 +183,7 @@ class Replies:
                 self._end_finished()
             raise
 
-    def _finished(self, reply: _Reply) -> Completion:
+    def _finished(self, reply: Reply) -> Completion:
         text: list[str] = []
         while True:
             delta = self._next(reply)
@@ -171,22 +199,16 @@ class Replies:
                     error=sequence.error,
                 )
 
-    def _submit(self, ids: Ids, params: SamplingParams, asked: int) -> _Reply:
+    def _submit(self, ids: Ids, params: SamplingParams, asked: int, constraint: Constraint | None = None) -> Reply:
         with self.lock:
             if self._closed:
                 raise RequestError("the model has been closed")
-            sequence = self._engine.add(ids, params)
-            reply = _Reply(sequence, TextStream(self._tokenizer, params.stop) if self._tokenizer else None, asked)
+            sequence = self._engine.add(ids, params, constraint)
+            reply = Reply(sequence, TextStream(self._tokenizer, params.stop) if self._tokenizer else None, asked)
             self._open[sequence.id] = reply
             return reply
 
-    def _release(self, reply: _Reply) -> None:
-        """Forget a reply; cancels it when it still runs."""
-        with self.lock:
-            self._engine.abort(reply.sequence)
-            self._open.pop(reply.sequence.id, None)
-
-    def _next(self, reply: _Reply) -> Delta:
+    def _next(self, reply: Reply) -> Delta:
         """The next delta of a reply; runs steps, for all requests, until there is one."""
         while True:
             with self.lock.step(unless=lambda: reply.pending) as due:
@@ -195,15 +217,10 @@ class Replies:
             if reply.pending:
                 return reply.pending.popleft()
 
-    def _step(self, waiting: _Reply) -> None:
+    def _step(self, waiting: Reply) -> None:
         if waiting.sequence.finished:
             raise RequestError("the request was cancelled: the model has been closed")
-        for reply in list(self._open.values()):
-            if reply.asked < self._cancelled:
-                self._engine.abort(reply.sequence)
-        for event in self._engine.step():
-            self._deliver(event)
-        self._end_finished()
+        self.step()
 
     def _abort_all(self) -> None:
         self._engine.abort_all()
@@ -226,7 +243,7 @@ class Replies:
             self._end(reply, "", ())
             return
         text = ""
-        if reply.text is not None and sequence.finish_reason != "stop":  # an end token is not text
+        if reply.text is not None and not event.ends:
             text = reply.text.push(event.token)
             if reply.text.stopped is not None:
                 self._engine.abort(sequence, "stop")
@@ -235,12 +252,13 @@ class Replies:
         else:
             reply.pending.append(Delta(text, (event.token,), event.logprobs))
 
-    def _end(self, reply: _Reply, text: str, ids: tuple[int, ...], logprobs: TokenLogprobs | None = None) -> None:
+    def _end(self, reply: Reply, text: str, ids: tuple[int, ...], logprobs: TokenLogprobs | None = None) -> None:
         """Queue the last delta of a reply."""
         if reply.text is not None:
             text += reply.text.finish()
             if reply.text.stopped is not None:
                 self._engine.abort(reply.sequence, "stop")
         receipt = self._receipt(reply.sequence)
-        reply.pending.append(Delta(text, ids, logprobs, reply.sequence.finish_reason, receipt))
+        stop = reply.text.stopped if reply.text is not None else None
+        reply.pending.append(Delta(text, ids, logprobs, reply.sequence.finish_reason, receipt, stop=stop))
         reply.ended = True

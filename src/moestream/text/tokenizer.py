@@ -85,6 +85,15 @@ class Tokenizer:
         return found
 
     @property
+    def longest(self) -> int:
+        """Length of the longest token; byte-level tokens count bytes."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
+    def to_json(self) -> str:
+        """The tokenizer as ``tokenizer.json`` holds it."""
+        return str(self._backend.to_str())
+
+    @property
     def size(self) -> int:
         """Number of tokens, added ones included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
@@ -140,12 +149,12 @@ class TextStream:
             return text[: end - len(self.stopped)]
         if final:
             return text
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        keep = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a proper beginning of ``stop``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 

@@ -48,7 +48,7 @@ def parse_reply(
     calls: list[ToolCall] = []
 
     def take(match: re.Match[str]) -> str:
-        call = _parse_call(match[1], tools or ())
+        call = parse_call(match[1], tools or ())
         if call is None:
             return match[0]
         calls.append(call)
@@ -68,13 +68,15 @@ def _split_thought(text: str, in_thought: bool) -> tuple[str | None, str]:
     return thought.strip(), rest if end else ""
 
 
-def _parse_call(body: str, tools: Sequence[Mapping[str, Any]]) -> ToolCall | None:
+def parse_call(body: str, tools: Sequence[Mapping[str, Any]]) -> ToolCall | None:
+    """What stands between the tags of a call; None when it is neither of the two forms."""
     function = FUNCTION.fullmatch(body)
     if function is not None:
         name = function[1].strip()
-        types = _parameter_types(name, tools)
+        types = parameter_types(name, tools)
         return ToolCall(
-            name, {key.strip(): _value(raw, types.get(key.strip())) for key, raw in PARAMETER.findall(function[2])}
+            name,
+            {key.strip(): parameter_value(raw, types.get(key.strip())) for key, raw in PARAMETER.findall(function[2])},
         )
     try:
         call = json.loads(body)
@@ -91,7 +93,7 @@ def _parse_call(body: str, tools: Sequence[Mapping[str, Any]]) -> ToolCall | Non
     return ToolCall(call["name"], arguments) if isinstance(arguments, dict) else None
 
 
-def _parameter_types(name: str, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def parameter_types(name: str, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Declared JSON types of a function's parameters."""
     for tool in tools:
         function = tool.get("function", tool)
@@ -103,7 +105,7 @@ def _parameter_types(name: str, tools: Sequence[Mapping[str, Any]]) -> dict[str,
     return {}
 
 
-def _value(raw: str, declared: Any) -> Any:
+def parameter_value(raw: str, declared: Any) -> Any:
     """A parameter's value: text where text is declared, else JSON if it is JSON, else text."""
     if declared == "string":
         return raw

@@ -1,0 +1,115 @@
+"""The application: routes of all APIs, and errors in the shape of each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any, cast
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from moestream.errors import MoestreamError
+from moestream.server.anthropic_messages import CountBody, MessagesBody, count_tokens, messages
+from moestream.server.errors import ApiError, as_api_error, error_response, from_validation, json_response
+from moestream.server.guard import Guard
+from moestream.server.openai_chat import ChatBody, chat_completions
+from moestream.server.openai_completions import CompletionBody, completions
+from moestream.server.openai_responses import ResponsesBody, responses
+from moestream.server.service import Service
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request is wrong; the message names what"},
+    401: {"description": "The key is missing or wrong"},
+    403: {"description": "Host or origin are not allowed"},
+    404: {"description": "There is no such model"},
+    413: {"description": "The body is too large"},
+    429: {"description": "The queue is full; see Retry-After"},
+    500: {"description": "The server failed"},
+    503: {"description": "The model is being loaded, or the server stops"},
+}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application around a service; its lifespan starts and stops the worker."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.worker.stop)
+
+    app = FastAPI(title="moestream", version=version("moestream"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, settings=service.settings, metrics=service.metrics)
+    _add_errors(app)
+    _add_status(app, service)
+    _add_apis(app, service)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    async def known(request: Request, error: Exception) -> Response:
+        return error_response(as_api_error(error), request.url.path)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        found = cast(RequestValidationError, error).errors()
+        return error_response(from_validation(found), request.url.path)
+
+    async def http(request: Request, error: Exception) -> Response:
+        problem = cast(HTTPException, error)
+        return error_response(ApiError(problem.status_code, str(problem.detail)), request.url.path)
+
+    app.add_exception_handler(MoestreamError, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    @app.get("/health", tags=["status"], responses={503: ERRORS[503]})
+    async def health() -> Response:
+        """200 when requests are answered, 503 while the model is loaded or the server stops."""
+        state = "stopping" if service.draining else service.worker.state
+        ready = state == "ready"
+        return json_response({"status": "ok" if ready else state, "model": service.names[0]}, 200 if ready else 503)
+
+    @app.get("/metrics", tags=["status"], responses={401: ERRORS[401]})
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def model(name: str) -> dict[str, Any]:
+        entry = {"id": name, "object": "model", "created": service.created, "owned_by": "moestream"}
+        return {**entry, "type": "model", "display_name": name, "context_window": service.loaded.context}
+
+    @app.get("/v1/models", tags=["OpenAI"], responses={401: ERRORS[401], 503: ERRORS[503]})
+    async def models() -> Response:
+        """The model that is served, under each of its names."""
+        return json_response({"object": "list", "data": [model(name) for name in service.names]})
+
+    @app.get("/v1/models/{name}", tags=["OpenAI"], responses={c: ERRORS[c] for c in (401, 404, 503)})
+    async def one_model(name: str) -> Response:
+        """The model that is served."""
+        service.check_model(name)
+        return json_response(model(name))
+
+
+def _add_apis(app: FastAPI, service: Service) -> None:
+    def add(path: str, tag: str, answer: Callable[[Service, Any, Request], Awaitable[Response]], body: type) -> None:
+        async def endpoint(body: Any, request: Request) -> Response:
+            return await answer(service, body, request)
+
+        endpoint.__annotations__ = {"body": body, "request": Request, "return": Response}
+        endpoint.__doc__ = answer.__doc__
+        name = answer.__name__
+        app.post(path, tags=[tag], name=name, operation_id=name, responses=ERRORS)(endpoint)
+
+    add("/v1/chat/completions", "OpenAI", chat_completions, ChatBody)
+    add("/v1/completions", "OpenAI", completions, CompletionBody)
+    add("/v1/responses", "OpenAI", responses, ResponsesBody)
+    add("/v1/messages", "Anthropic", messages, MessagesBody)
+    add("/v1/messages/count_tokens", "Anthropic", count_tokens, CountBody)

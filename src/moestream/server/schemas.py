@@ -1,0 +1,148 @@
+"""What the request bodies of all APIs share."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from moestream.engine.receipt import Receipt
+from moestream.server.constraints import check_schema
+from moestream.server.errors import ApiError, unsupported
+from moestream.server.settings import MAX_STOP, MAX_STOP_LENGTH, MAX_TOOLS
+from moestream.text.tool_formats import parameters_of
+
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP)]
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+Label = Annotated[Any, Field(description="Accepted as the client's own label; has no effect.")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class Body(BaseModel):
+    """A JSON object in which every parameter is known; numbers are numbers and texts are texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_says_nothing(cls, value: Any) -> Any:
+        """Clients that write out every field they know say null where nothing is meant."""
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: entry for name, entry in value.items() if entry is not None or name in known}
+
+
+class TextPart(Body):
+    """A piece of text."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: Label = None
+    cache_control: Label = None
+    citations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+Parts = Annotated[list[TextPart], Field(max_length=4096)]
+
+
+def joined(content: str | Sequence[TextPart] | None) -> str:
+    """The text of a message."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part.text for part in content)
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool as ``/v1/chat/completions`` takes it."""
+
+    type: Literal["function"]
+    function: Function
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+
+
+def as_tool(function: Function) -> dict[str, Any]:
+    """A function as chat templates expect it; its schema is checked.
+
+    Raises:
+        ApiError: the schema is malformed, too deep or too large.
+    """
+    value = function.model_dump(exclude_none=True, include={"name", "description", "parameters"})
+    param = f"tools.{function.name}.parameters"
+    check_schema(value.get("parameters", {}), param)
+    properties = parameters_of(value).get("properties", {})
+    if not isinstance(properties, dict) or not all(isinstance(s, dict | bool) for s in properties.values()):
+        raise ApiError(400, f"{param}: properties must be an object of JSON schemas", param=param)
+    return {"type": "function", "function": {"parameters": {"type": "object", "properties": {}}, **value}}
+
+
+def chosen_tools(tools: Iterable[Mapping[str, Any]], name: str, param: str) -> list[Mapping[str, Any]]:
+    """The one tool that must be called.
+
+    Raises:
+        ApiError: there is no such tool.
+    """
+    found = [tool for tool in tools if tool["function"]["name"] == name]
+    if not found:
+        raise ApiError(400, f"{param}: there is no tool named {name!r}", param=param)
+    return found
+
+
+def thinking_variables(template: str, effort: str | None, param: str) -> dict[str, Any]:
+    """Template variables that turn thinking on or off.
+
+    Args:
+        template: Source of the chat template.
+        effort: ``"none"`` is off; None says nothing.
+        param: Name for errors.
+
+    Raises:
+        ApiError: the template has no such switch.
+    """
+    if effort is None:
+        return {}
+    if "reasoning_effort" in template and effort != "none":
+        return {"reasoning_effort": effort}
+    if "enable_thinking" in template:
+        return {"enable_thinking": effort != "none"}
+    if effort == "none" and "<think>" not in template:
+        return {}  # it never thinks
+    raise unsupported(param, "this model's chat template has no switch for thinking")
+
+
+def new_id(prefix: str) -> str:
+    """An id for a response, a call or an item."""
+    return f"{prefix}{uuid.uuid4().hex[:24]}"
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())
+
+
+def receipts_of(receipts: Mapping[int, Receipt]) -> list[dict[str, Any]]:
+    """The receipts of a request, one for each reply."""
+    return [receipts[index].to_dict() for index in sorted(receipts)]
+
+
+def token_counts(receipts: Mapping[int, Receipt], prompts: int = 1) -> tuple[int, int]:
+    """(prompt tokens, new tokens) of a request whose ``prompts`` prompts were each answered equally often."""
+    values = list(receipts.values())
+    prompt = sum(r.prompt_tokens for r in values) * prompts // max(1, len(values))
+    return prompt, sum(r.new_tokens for r in values)

@@ -1,0 +1,182 @@
+"""The one thread that owns the model: it loads it and runs its steps for all requests.
+
+Requests come in through an inbox; what they get goes back to the event loop, all of a step at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from moestream.engine.engine import Ids
+from moestream.engine.sampling import Constraint, SamplingParams
+from moestream.errors import MoestreamError, RequestError
+from moestream.llm import LLM
+from moestream.text.replies import Delta, Replies, Reply
+
+LOG = logging.getLogger("moestream.server")
+
+Sink = Callable[[Delta | MoestreamError], None]
+"""Takes each delta of a reply, on the event loop; an error is the end of it."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One sequence asked for."""
+
+    ids: Ids
+    params: SamplingParams
+    constraint: Constraint | None
+    sink: Sink
+    reply: Reply | None = None
+    """Set by the worker; the loop may read its sequence after the last delta."""
+
+
+class Worker:
+    """Runs a model in a thread of its own. Methods are called on the event loop."""
+
+    def __init__(self, load: Callable[[], LLM], on_state: Callable[[], None]) -> None:
+        """Make a worker.
+
+        Args:
+            load: Loads the model; called in the thread.
+            on_state: Called on the event loop whenever ``state`` has changed.
+        """
+        self.state: Literal["loading", "ready", "failed", "closed"] = "loading"
+        self.llm: LLM | None = None
+        self.error: BaseException | None = None
+        self._load = load
+        self._on_state = on_state
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._replies: Replies | None = None
+        self._jobs: list[Job] = []  # of the thread
+        self._thread = threading.Thread(target=self._run, name="moestream-engine", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without a place in the batch yet."""
+        jobs = list(self._jobs)
+        return sum(job.reply is not None and job.reply.sequence.usage.started is None for job in jobs)
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._jobs) - self.waiting
+
+    def start(self) -> None:
+        """Begin to load."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue a sequence."""
+        self._inbox.put(lambda: self._begin(job))
+
+    def cancel(self, job: Job) -> None:
+        """End a sequence before its next token; it gets no more deltas."""
+        self._inbox.put(lambda: self._forget(job))
+
+    def cancel_all(self) -> None:
+        """End every sequence before its next token, with the finish reason ``"cancelled"``."""
+        if self._replies is not None:
+            self._replies.cancel()
+
+    def stop(self) -> None:
+        """End the thread after the step that runs; waits for it."""
+        self._inbox.put(None)
+        self.cancel_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with self._load() as llm:
+                self.llm = llm
+                self._replies = Replies(llm.runtime.engine, llm.tokenizer, llm.runtime.receipt)
+                self._become("ready")
+                self._serve(self._replies)
+            self._become("closed")
+        except BaseException as error:  # reported by whoever started the server
+            self.error = error
+            self._become("failed")
+
+    def _become(self, state: Literal["ready", "failed", "closed"]) -> None:
+        self.state = state
+        self._tell(self._on_state)
+
+    def _serve(self, replies: Replies) -> None:
+        while True:
+            try:
+                while True:
+                    action = self._inbox.get(block=not self._jobs)
+                    if action is None:
+                        replies.close()
+                        return
+                    action()
+            except queue.Empty:
+                pass
+            try:
+                replies.step()
+            except Exception as error:  # of no single request: whatever runs has lost its place
+                LOG.exception("a step failed")
+                self._fail_all(RequestError(f"the step failed: {type(error).__name__}: {error}"))
+            self._deliver()
+
+    def _begin(self, job: Job) -> None:
+        assert self._replies is not None
+        try:
+            job.reply = self._replies.submit(job.ids, job.params, job.constraint)
+        except MoestreamError as error:
+            self._pour([(job, error)])
+            return
+        self._jobs.append(job)
+
+    def _forget(self, job: Job) -> None:
+        if job in self._jobs:
+            assert self._replies is not None
+            assert job.reply is not None
+            self._jobs.remove(job)
+            self._replies.release(job.reply)
+
+    def _deliver(self) -> None:
+        """Hand on what a step has added to the replies."""
+        out: list[tuple[Job, Delta | MoestreamError]] = []
+        for job in list(self._jobs):
+            assert job.reply is not None
+            while job.reply.pending:
+                delta = job.reply.pending.popleft()
+                error = job.reply.sequence.error
+                out.append((job, delta if error is None or delta.finish_reason is None else error))
+                if delta.finish_reason is not None:
+                    self._forget(job)
+        if out:
+            self._pour(out)
+
+    def _fail_all(self, error: MoestreamError) -> None:
+        jobs = list(self._jobs)
+        for job in jobs:
+            self._forget(job)
+        self._pour([(job, error) for job in jobs])
+
+    def _pour(self, out: list[tuple[Job, Delta | MoestreamError]]) -> None:
+        """Hand on to the event loop."""
+
+        def pour() -> None:
+            for job, delta in out:
+                job.sink(delta)
+
+        self._tell(pour)
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        """Call something on the event loop, unless it has ended."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(what)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            LOG.debug("the event loop is closed")
