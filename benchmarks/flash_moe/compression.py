@@ -15,8 +15,6 @@ from pathlib import Path
 from time import perf_counter
 
 import common
-import lz4.block
-import zstandard
 
 from moestream.checkpoint.find import DEMO, find_model
 from moestream.checkpoint.index import Checkpoint, open_checkpoint
@@ -26,18 +24,32 @@ from moestream.models.weights import map_weights
 from moestream.system import cpu_count
 
 Codec = tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]
-CODECS: dict[str, Codec] = {
-    "lz4": (lz4.block.compress, lambda packed, _: lz4.block.decompress(packed)),
-    "lz4hc": (lambda raw: lz4.block.compress(raw, "high_compression"), lambda packed, _: lz4.block.decompress(packed)),
-    "zstd 3": (
-        lambda raw: zstandard.ZstdCompressor(3).compress(raw),
-        lambda packed, size: zstandard.ZstdDecompressor().decompress(packed, size),
-    ),
-    "zstd 19": (
-        lambda raw: zstandard.ZstdCompressor(19).compress(raw),
-        lambda packed, size: zstandard.ZstdDecompressor().decompress(packed, size),
-    ),
-}
+
+
+def make_codecs() -> dict[str, Codec]:
+    """Packing and unpacking by name.
+
+    Raises:
+        SystemExit: a package is missing.
+    """
+    try:
+        import lz4.block  # noqa: PLC0415 - wanted by this script only
+        import zstandard  # noqa: PLC0415
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install lz4 zstandard") from error
+
+    def lz4_unpack(packed: bytes, _: int) -> bytes:
+        return bytes(lz4.block.decompress(packed))
+
+    def zstd_unpack(packed: bytes, size: int) -> bytes:
+        return zstandard.ZstdDecompressor().decompress(packed, size)
+
+    return {
+        "lz4": (lz4.block.compress, lz4_unpack),
+        "lz4hc": (lambda raw: lz4.block.compress(raw, "high_compression"), lz4_unpack),
+        "zstd 3": (lambda raw: zstandard.ZstdCompressor(3).compress(raw), zstd_unpack),
+        "zstd 19": (lambda raw: zstandard.ZstdCompressor(19).compress(raw), zstd_unpack),
+    }
 
 
 def expert_bytes(checkpoint: Checkpoint, layers: int) -> list[list[bytes]]:
@@ -92,6 +104,7 @@ def main() -> None:
     )
     parser.add_argument("--disk", type=Path, help="folder with a large file, for the rate of the disk")
     args = parser.parse_args()
+    codecs = make_codecs()
     experts = expert_bytes(open_checkpoint(find_model(args.model)), args.layers)
     groups = [experts[i : i + args.together] for i in range(0, len(experts), args.together)]
     pieces = [b"".join(part for expert in group for part in expert) for group in groups]
@@ -106,16 +119,16 @@ def main() -> None:
     cores = cpu_count()
     print(f"{len(experts)} experts of {sum(map(len, experts[0]))} bytes in pieces of {max(sizes)}; {cores} threads")
     print(f"ceiling: disk {disk:.2f} GB/s" if args.disk else "no --disk given: ratios and rates only")
-    packed = {name: [pack(piece) for piece in pieces] for name, (pack, _) in CODECS.items()}
+    packed = {name: [pack(piece) for piece in pieces] for name, (pack, _) in codecs.items()}
     rates = common.interleave(
         {
-            name: lambda name=name: unpack_rate(packed[name], sizes, CODECS[name][1], cores) / common.GB
-            for name in CODECS
+            name: lambda name=name: unpack_rate(packed[name], sizes, codecs[name][1], cores) / common.GB
+            for name in codecs
         },
         args.rounds,
     )
     facts: dict[str, dict[str, float]] = {}
-    for name, (pack, _) in CODECS.items():
+    for name, (pack, _) in codecs.items():
         rate = common.medians(rates)[name]
         fact = {"ratio": sum(map(len, packed[name])) / sum(sizes), "unpack_GB_s": rate}
         fact |= {kind: sum(len(pack(p)) for p in parts) / sum(map(len, parts)) for kind, parts in kinds.items()}

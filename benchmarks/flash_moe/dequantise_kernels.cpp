@@ -19,6 +19,9 @@
 #include <string>
 #include <thread>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -137,7 +140,12 @@ int main(int argc, char** argv) {
     if (argc != 4) return std::fprintf(stderr, "usage: %s THREADS KILOBYTES ROUNDS\n", argv[0]), 2;
     const int threads = std::atoi(argv[1]), rounds = std::atoi(argv[3]);
     const size_t count = std::max<size_t>(threads, std::atoll(argv[2]) * 1000 / kRowBytes);
-    auto* matrix = static_cast<uint8_t*>(std::aligned_alloc(64, (count * kRowBytes + 63) / 64 * 64));
+    constexpr size_t kHuge = size_t{2} << 20;
+    const size_t nbytes = (count * kRowBytes + kHuge - 1) / kHuge * kHuge;
+    auto* matrix = static_cast<uint8_t*>(std::aligned_alloc(kHuge, nbytes));
+#if defined(__linux__)
+    madvise(matrix, nbytes, MADV_HUGEPAGE);
+#endif
     uint32_t state = 1;
     auto next = [&] { return state = state * 1664525u + 1013904223u, state >> 16; };
     for (size_t r = 0; r < count; ++r) {

@@ -43,12 +43,11 @@ def judged(logits: F32, start: int) -> F32:
     return log_softmax(logits[start - 1 : -1])
 
 
-def losses(llm: LLM, shipped: LLM, sample: list[texts.Text]) -> tuple[float, float]:
-    """Loss and KL(shipped || changed) per judged token."""
+def losses(llm: LLM, sample: list[texts.Text], shipped: list[F32]) -> tuple[float, float]:
+    """Loss and KL(shipped || changed) per judged token; ``shipped`` are that model's ``judged`` of each text."""
     loss = kl = count = 0.0
-    for text in sample:
+    for text, p in zip(sample, shipped, strict=True):
         q = judged(llm.logits(text.ids), text.start)  # [T, V]
-        p = judged(shipped.logits(text.ids), text.start)
         targets = text.ids[text.start :]
         loss -= float(q[np.arange(len(targets)), targets].sum())
         kl += float((np.exp(p) * (p - q)).sum())
@@ -59,9 +58,10 @@ def losses(llm: LLM, shipped: LLM, sample: list[texts.Text]) -> tuple[float, flo
 def tool_rates(llm: LLM, requests: list[texts.ToolRequest]) -> dict[str, float]:
     """Of greedy replies: well-formed, exactly right; of requests for a call: those that get none that can be used."""
     valid = right = broken = called = 0
-    for request in requests:
-        greedy = llm.generate(request.prompt, max_tokens=160, temperature=0, repetition_penalty=1.0)
-        reply = llm.tokenizer.decode(greedy.token_ids, skip_special=True) if llm.tokenizer else greedy.text
+    prompts = [request.prompt for request in requests]
+    replies = llm.generate(prompts, max_tokens=160, temperature=0, repetition_penalty=1.0)
+    for request, done in zip(requests, replies, strict=True):
+        reply = llm.decode(done.token_ids)
         calls = texts.calls_in(reply)
         wanted = bool(request.expected)
         called += wanted
@@ -79,7 +79,7 @@ def changed(bits: int | None, active: int | None, exact: bool) -> Iterator[LLM]:
         if bits is not None:
             folder = Path(temporary)
             print("  error relative to the weights:", write_requantised(find_model(DEMO), folder, bits))
-        with LLM.load(folder, ram=RAM, exact=exact, active_experts=active, max_batch=1) as llm:
+        with LLM.load(folder, ram=RAM, exact=exact, active_experts=active, max_batch=8) as llm:
             yield llm
 
 
@@ -99,13 +99,17 @@ def main() -> None:
     with changed(None, None, args.exact) as shipped:
         tools = {kind: texts.tool_requests(shipped, args.requests, kind == "unseen tools") for kind in KINDS}
         story_texts = texts.stories(shipped, args.stories)
+        samples = {"stories": story_texts, **{kind: right for kind, (_, right) in tools.items()}}
+        reference = {
+            kind: [judged(shipped.logits(text.ids), text.start) for text in sample] for kind, sample in samples.items()
+        }
         for name, (bits, active) in cases.items():
             with changed(bits, active, args.exact) as llm:
-                loss, kl = losses(llm, shipped, story_texts)
+                loss, kl = losses(llm, story_texts, reference["stories"])
                 fact: dict[str, Any] = {"stories": {"loss": loss, "kl": kl}}
                 print(f"{name}\n  {'stories':13} loss {loss:.3f}, KL {kl:.4f}", flush=True)
                 for kind, (requests, right) in tools.items():
-                    loss, kl = losses(llm, shipped, right)
+                    loss, kl = losses(llm, right, reference[kind])
                     rates = tool_rates(llm, requests)
                     fact[kind] = {"loss": loss, "kl": kl, **rates}
                     percents = ", ".join(f"{key} {100 * rate:.1f} %" for key, rate in rates.items())

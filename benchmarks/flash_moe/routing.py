@@ -122,12 +122,15 @@ def covered_misses(
     layer_of = [layer for layer in range(len(chosen)) for _ in range(experts)]
     policy = LFRU(max(1, round(share * len(layer_of))), layer_of)
     whole = [np.concatenate(layer) for layer in chosen]
-    named = None if guesses is None else [np.concatenate(layer) if layer else None for layer in guesses]
+    named = (
+        None
+        if guesses is None
+        else [np.concatenate(layer) if layer else ids[:0] for layer, ids in zip(guesses, whole, strict=True)]
+    )
     missed = found = read = 0
-    for t in range(1, len(whole[0])):
+    for t in range(len(whole[0])):
         for layer, ids in enumerate(whole):
-            ahead = ids[t - 1] if named is None else named[layer]
-            guess = () if ahead is None else (ahead if named is None else ahead[t])
+            guess = ids[t - 1 : t].reshape(-1) if named is None else named[layer][t : t + 1].reshape(-1)  # may be empty
             keys = (ids[t] + layer * experts).tolist()
             fetch = {k for g in guess if policy.slot_of[k := int(g) + layer * experts] == NO_SLOT}
             absent = {key for key in keys if policy.slot_of[key] == NO_SLOT}
