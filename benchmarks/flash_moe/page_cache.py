@@ -38,7 +38,7 @@ def limited(nbytes: int) -> Iterator[Path]:
         SystemExit: it cannot be made here.
     """
     v1 = (GROUPS / "memory").is_dir()
-    group = GROUPS / "memory" * v1 / f"moestream-bench-{os.getpid()}"
+    group = (GROUPS / "memory" if v1 else GROUPS) / f"moestream-bench-{os.getpid()}"
     try:
         group.mkdir()
         (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(nbytes))
@@ -56,9 +56,8 @@ def limited(nbytes: int) -> Iterator[Path]:
 def decode(model: Path, mode: str, ram: int, tokens: int, segment: int) -> list[dict[str, float]]:
     """Decode in this process; tok/s and MB from the disk a token of each segment."""
     common.forget(common.largest_file(model))
-    budget = ram if mode != "page" else ram - MARGIN  # the rest of the group is page cache
     facts = []
-    with LLM.load(model, ram=budget, cache=mode, context=2048, max_batch=1) as llm:  # type: ignore[arg-type]
+    with LLM.load(model, ram=ram, cache=mode, context=2048, max_batch=1) as llm:  # type: ignore[arg-type]
         moe, layers = llm.runtime.config.moe, len(llm.runtime.config.layers)
         llm.runtime.model.router_override = SyntheticRouter(moe.experts, moe.active, layers, seed=1).ids
         stream = llm.stream([1, 2, 3], max_tokens=tokens + 1, temperature=0, ignore_eos=True)
