@@ -58,24 +58,6 @@ inline void load_transposed(const MatrixView& w, int64_t row0, int rows, int64_t
     transpose_b(words);
 }
 
-// Where the activations of a group lie in code order: two runs of group / 2 columns, `second` columns apart.
-struct GroupOrder {
-    int64_t step;   // columns of a step of interleaved codes; 0: natural order
-    int64_t group;  // columns
-    int64_t second;
-
-    GroupOrder(int columns, bool interleaved, int group_columns)
-        : step(interleaved && group_columns < columns ? columns : 0),
-          group(group_columns),
-          second(step != 0 ? step / 2 : group / 2) {}
-
-    int64_t position(int64_t index) const {
-        if (step == 0) return index * group;
-        const int64_t per_step = step / group;
-        return index / per_step * step + index % per_step * (group / 2);
-    }
-};
-
 // Fetches what the next panel will be packed from, a few lines with every group that is multiplied: all at once would
 // stall on the number of reads a core can have in flight.
 class Ahead {
@@ -107,74 +89,101 @@ private:
     int64_t line_ = 0;
 };
 
+// A tile of codes as they are stored, transposed: [word of a row][row][4 bytes].
 struct CodePanel {
-    alignas(64) uint8_t codes[kCodeBlock * kTile];  // [word of 4 columns, grouped][row][4]
+    alignas(64) uint8_t words[kCodeBlock * kTile];
     ScalePanel groups;
 };
 
-// Where each code vector of a step goes, in words: group after group, in each the even columns before the odd ones.
 template <int Bits>
-struct WordOrder {
-    int at[Codes<Bits>::kVectors][kLanes];
-
-    explicit WordOrder(int group) {
-        using C = Codes<Bits>;
-        const int run = C::kVectors == 2 && group < C::kColumns ? group / 8 : kLanes;
-        for (int v = 0; v < C::kVectors; ++v)
-            for (int j = 0; j < kLanes; ++j) at[v][j] = j / run * C::kVectors * run + v * run + j % run;
-    }
-};
-
-template <int Bits>
-void pack_codes(const MatrixView& w, int64_t row0, int rows, int64_t column, int64_t columns,
-                const WordOrder<Bits>& order, CodePanel& panel) {
+void pack_codes(const MatrixView& w, int64_t row0, int rows, int64_t column, int64_t columns, CodePanel& panel) {
     using C = Codes<Bits>;
-    constexpr int kWord = 4 * kTile;  // bytes of a word of all rows
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half) {
+        uint8_t* out = panel.words + half * 4 * kLanes;
         for (int64_t k = 0; k < columns; k += C::kColumns) {
             VB words[kLanes];
             load_transposed<Bits>(w, row0 + half * kLanes, rows - half * kLanes, column + k, columns - k, words);
-            uint8_t* out = panel.codes + k / 4 * kWord + half * 4 * kLanes;
-            for (int j = 0; j < kLanes; ++j) {
-                VB codes[C::kVectors];
-                C::split(words[j], codes);
-                for (int v = 0; v < C::kVectors; ++v) store_b(out + order.at[v][j] * kWord, codes[v]);
-            }
+            for (int j = 0; j < kLanes; ++j, out += 4 * kTile) store_b(out, words[j]);
         }
+    }
 }
 
-// `rows` of the output from column 0 of the tile on, `width` columns; added to what is there unless `first`.
-template <bool Wide, int R>
-void code_block(const CodePanel& panel, int groups, const GroupOrder& order, int64_t group0, const Line* x,
-                float* const* out, int width, bool first, Ahead& ahead) {
+// Activation rows are packed in sets of this many, so that what one step of the inner loop broadcasts is adjacent.
+constexpr int kSet = kLanes > kTileRows ? kLanes : kTileRows;
+constexpr int kMaxSets = 64 / kSet;  // packed at once
+
+struct RowSet {
+    alignas(64) int8_t codes[kCodeBlock * kSet];  // [word of a matrix row][code vector of a word][row][4]
+    alignas(64) float scales[kCodeBlock / kMinGroup][kSet];
+    alignas(64) float sums[kCodeBlock / kMinGroup][kSet];
+};
+
+// Columns [column, column + columns) of `rows` rows of activations; rows past them are zero.
+template <int Bits>
+void pack_rows(const Line* x, int rows, int64_t column, int64_t columns, int group, RowSet& set) {
+    using C = Codes<Bits>;
+    const int64_t group0 = column / group;
+    const int groups = static_cast<int>(columns / group);
+    for (int part = 0; part < kSet; part += kLanes) {
+        int8_t* out = set.codes + part * 4;
+        for (int64_t k = 0; k < columns; k += C::kColumns)
+            for (int v = 0; v < C::kVectors; ++v) {
+                VB words[kLanes];
+                for (int l = 0; l < kLanes; ++l)
+                    words[l] = part + l < rows ? load_b(x[part + l].codes + column + k + v * 4 * kLanes) : zero_b();
+                transpose_b(words);
+                for (int j = 0; j < kLanes; ++j)
+                    store_b(out + ((k / C::kColumns * kLanes + j) * C::kVectors + v) * 4 * kSet, words[j]);
+            }
+        for (int g = 0; g < groups; g += kLanes) {
+            const int n = groups - g < kLanes ? groups - g : kLanes;
+            VF scales[kLanes];
+            VF sums[kLanes];
+            for (int l = 0; l < kLanes; ++l) {
+                const bool real = part + l < rows;
+                scales[l] = real ? load_f_n(x[part + l].scales + group0 + g, n) : zero_f();
+                sums[l] = real ? load_f_n(x[part + l].sums + group0 + g, n) : zero_f();
+            }
+            transpose_f(scales);
+            transpose_f(sums);
+            for (int i = 0; i < n; ++i) {
+                store_f(&set.scales[g + i][part], scales[i]);
+                store_f(&set.sums[g + i][part], sums[i]);
+            }
+        }
+    }
+}
+
+// R rows of a set from `row` on times a panel; added to what `out` holds unless `first`.
+template <int Bits, int R>
+void code_block(const CodePanel& panel, int groups, int group, const RowSet& set, int row, float* const* out, int width,
+                bool first, Ahead& ahead) {
+    using C = Codes<Bits>;
     VF acc[R][2];
     for (int r = 0; r < R; ++r)
         for (int h = 0; h < 2; ++h) acc[r][h] = first ? zero_f() : load_f_n(out[r] + h * kLanes, width - h * kLanes);
-    const uint8_t* words = panel.codes;
+    const uint8_t* words = panel.words;
+    const int8_t* x = set.codes + row * 4;
     for (int g = 0; g < groups; ++g) {
-        const int64_t position = order.position(group0 + g);
         VI sum[R][2];
         for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = zero_i();
         ahead.step();
-        for (int64_t run = 0; run < 2; ++run) {
-            const int64_t from = position + run * order.second;
-            for (int64_t j = 0; j < order.group / 2; j += 4) {
-                const VB w0 = load_b(words);
-                const VB w1 = load_b(words + 4 * kLanes);
-                words += 2 * 4 * kLanes;
+        for (int j = 0; j < group; j += 4 * C::kVectors) {
+            VB codes[2][C::kVectors];
+            for (int h = 0; h < 2; ++h) C::split(load_b(words + h * 4 * kLanes), codes[h]);
+            words += 4 * kTile;
+            for (int v = 0; v < C::kVectors; ++v, x += 4 * kSet)
                 for (int r = 0; r < R; ++r) {
-                    const VB value = broadcast_word(x[r].codes + from + j);
-                    sum[r][0] = dot<Wide>(sum[r][0], w0, value);
-                    sum[r][1] = dot<Wide>(sum[r][1], w1, value);
+                    const VB value = broadcast_word(x + 4 * r);
+                    for (int h = 0; h < 2; ++h) sum[r][h] = dot<Bits == 8>(sum[r][h], codes[h][v], value);
                 }
-            }
         }
         for (int h = 0; h < 2; ++h) {
             const VF scale = load_f(&panel.groups.scales[g][h * kLanes]);
             const VF bias = load_f(&panel.groups.biases[g][h * kLanes]);
             for (int r = 0; r < R; ++r) {
-                const VF factor = mul_f(scale, set_f(x[r].scales[group0 + g]));
-                acc[r][h] = fma_f(bias, set_f(x[r].sums[group0 + g]), acc[r][h]);
+                const VF factor = mul_f(scale, set_f(set.scales[g][row + r]));
+                acc[r][h] = fma_f(bias, set_f(set.sums[g][row + r]), acc[r][h]);
                 acc[r][h] = fma_f(to_float(sum[r][h]), factor, acc[r][h]);
             }
         }
@@ -288,28 +297,67 @@ inline void over_rows(const Product& job, int64_t tile, Block&& block) {
     }
 }
 
+// Rows [first, first + count) of a product, at most kMaxSets * kSet.
+template <int Bits>
+void code_rows(const Product& job, int first, int count) {
+    const MatrixView& w = *job.matrix;
+    const int group = w.layout.group;
+    CodePanel panel;
+    RowSet sets[kMaxSets];
+    const int set_count = (count + kSet - 1) / kSet;
+    auto start = [&](int set) { return count * set / set_count; };
+    for (int64_t column = 0; column < w.layout.cols; column += kCodeBlock) {
+        const int64_t columns = w.layout.cols - column < kCodeBlock ? w.layout.cols - column : kCodeBlock;
+        const int64_t group0 = column / group;
+        const int groups = static_cast<int>(columns / group);
+        int blocks = 0;
+        for (int s = 0; s < set_count; ++s) {
+            Line x[kSet] = {};
+            const int rows = start(s + 1) - start(s);
+            for (int t = 0; t < rows; ++t) {
+                const int at = first + start(s) + t;
+                x[t] = line_of(*job.x, job.x_rows != nullptr ? job.x_rows[at] : at);
+            }
+            pack_rows<Bits>(x, rows, column, columns, group, sets[s]);
+            blocks += row_blocks(rows);
+        }
+        for (int64_t tile = job.begin; tile < job.end; tile += kTile) {
+            const int width = job.end - tile < kTile ? static_cast<int>(job.end - tile) : kTile;
+            pack_codes<Bits>(w, tile, width, column, columns, panel);
+            pack_scales(w, tile, width, group0, groups, panel.groups);
+            const bool last = tile + kTile >= job.end;
+            Ahead ahead(w, Bits, last ? job.begin : tile + kTile, last ? column + kCodeBlock : column, kCodeBlock,
+                        static_cast<int64_t>(groups) * blocks);
+            for (int s = 0; s < set_count; ++s) {
+                const int rows = start(s + 1) - start(s);
+                const int parts = row_blocks(rows);
+                for (int b = 0; b < parts; ++b) {
+                    const int begin = rows * b / parts;
+                    const int end = rows * (b + 1) / parts;
+                    float* out[kTileRows] = {};
+                    for (int t = begin; t < end; ++t) {
+                        const int at = first + start(s) + t;
+                        out[t - begin] = job.out + (job.out_rows != nullptr ? job.out_rows[at] : at) * job.out_stride +
+                                         (tile - job.begin);
+                    }
+                    with_rows<kTileRows>(end - begin, [&](auto r) {
+                        code_block<Bits, decltype(r)::value>(panel, groups, group, sets[s], begin, out, width,
+                                                             column == 0, ahead);
+                    });
+                }
+            }
+        }
+    }
+}
+
 template <int Bits>
 void code_product(const Product& job) {
-    const MatrixView& w = *job.matrix;
-    const GroupOrder order(Codes<Bits>::kColumns, Codes<Bits>::kVectors == 2, w.layout.group);
-    const WordOrder<Bits> words(w.layout.group);
-    CodePanel panel;
-    for (int64_t tile = job.begin; tile < job.end; tile += kTile) {
-        const int width = job.end - tile < kTile ? static_cast<int>(job.end - tile) : kTile;
-        for (int64_t column = 0; column < w.layout.cols; column += kCodeBlock) {
-            const int64_t columns = w.layout.cols - column < kCodeBlock ? w.layout.cols - column : kCodeBlock;
-            const int64_t group0 = column / w.layout.group;
-            const int groups = static_cast<int>(columns / w.layout.group);
-            pack_codes<Bits>(w, tile, width, column, columns, words, panel);
-            pack_scales(w, tile, width, group0, groups, panel.groups);
-            const int64_t next = column + kCodeBlock < w.layout.cols ? column + kCodeBlock : 0;
-            Ahead ahead(w, Bits, next == 0 ? tile + kTile : tile, next, kCodeBlock,
-                        static_cast<int64_t>(groups) * row_blocks(job.count));
-            over_rows(job, tile, [&](auto rows, const Line* x, float* const* out) {
-                code_block<Bits == 8, decltype(rows)::value>(panel, groups, order, group0, x, out, width, column == 0,
-                                                             ahead);
-            });
-        }
+    constexpr int kRows = kMaxSets * kSet;
+    const int passes = (job.count + kRows - 1) / kRows;
+    for (int p = 0; p < passes; ++p) {
+        const int first = static_cast<int>(static_cast<int64_t>(job.count) * p / passes);
+        const int end = static_cast<int>(static_cast<int64_t>(job.count) * (p + 1) / passes);
+        code_rows<Bits>(job, first, end - first);
     }
 }
 
