@@ -1,6 +1,7 @@
 """Claims: parallel preads are 9x sequential ones, mmap is 5x slower cold, 2 MB-aligned buffers are 3.6x faster warm.
 
 Reads ranges of one expert's size (7.08 MB) at random block-aligned places of a large file, one range per call.
+A fourth table reads the small ranges that checkpoints store an expert's scales in (128 KB), where depth does matter.
 Cold means that the file's pages were dropped from the page cache before each measurement (``posix_fadvise``, no root).
 """
 
@@ -18,9 +19,12 @@ import common
 import numpy as np
 import numpy.typing as npt
 
+from moestream import _native
+
 U8 = npt.NDArray[np.uint8]
 BLOCK = 4096
 HUGE = 2 << 20
+SMALL = 128 << 10
 NBYTES = -(-common.EXPERT_NBYTES // BLOCK) * BLOCK
 WARM_EXPERTS = 24
 """Experts read again and again where the page cache is measured (170 MB)."""
@@ -90,6 +94,10 @@ class Reads:
         finally:
             os.close(descriptor)
 
+    def small(self, flight: int) -> float:
+        """GB/s of direct reads of 128 KB by native threads."""
+        return float(_native.probe_read(str(self.file), SMALL, 0.5, True, flight)) / common.GB
+
     def mapped(self, flight: int, advice: int) -> float:
         """GB/s of copying cold ranges out of a mapping of the whole file."""
         common.forget(self.file)
@@ -107,7 +115,7 @@ class Reads:
 
 
 def main() -> None:
-    """Three tables, then the JSON line."""
+    """Tables, then the JSON line."""
     parser = common.arguments(__doc__, 3)
     parser.add_argument("model", type=Path, help="folder with a weight file of 2 GB or more")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="bytes of one measurement (default %(default)s)")
@@ -144,6 +152,7 @@ def main() -> None:
     base = "16 KB-aligned, small pages"
     warm = common.interleave({name: lambda t=t: reads.warm(t) for name, t in targets.items()}, args.rounds)
     direct = common.interleave({name: lambda t=t: reads.direct(t) for name, t in targets.items()}, args.rounds)
+    small = common.interleave({f"{n} in flight": lambda n=n: reads.small(n) for n in FLIGHTS}, args.rounds)
     common.forget(file)
 
     ceiling = (before + common.disk_rate(file) / common.GB) / 2
@@ -156,7 +165,9 @@ def main() -> None:
     print("\n".join(common.table(warm, base, "GB/s")))
     print("destination of one read at a time, direct")
     print("\n".join(common.table(direct, base, "GB/s", ceiling)))
-    groups = {"parallel": parallel, "mmap": maps, "aligned_warm": warm, "aligned_direct": direct}
+    print("ranges of 128 KB, direct")
+    print("\n".join(common.table(small, "1 in flight", "GB/s", ceiling)))
+    groups = {"parallel": parallel, "small": small, "mmap": maps, "aligned_warm": warm, "aligned_direct": direct}
     common.report(
         "parallel preads 9x, mmap 5x slower, 2 MB-aligned buffers",
         {"disk_GB_s": ceiling, **{name: common.medians(group) for name, group in groups.items()}},

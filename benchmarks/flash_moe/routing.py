@@ -192,7 +192,7 @@ def main() -> None:
     for active in (10, 4):
         rates[f"calibrated, {active} of 512"] = hit_rates(synthetic(1500, 4, active), 512)
     for name, by_share in rates.items():
-        print(f"hit rates, {name} a layer : LRU, LFRU that admits everything, LFRU, Belady")
+        print(f"hit rates, {name} a layer: LRU, LFRU that admits everything, LFRU, Belady")
         for share, r in by_share.items():
             print(f"  {share:>6} of the experts: " + ", ".join(f"{100 * rate:.1f} %" for rate in r.values()))
     common.report("prediction and hit rates", {"recall": recalls, "misses": covered, "hit_rates": rates})
