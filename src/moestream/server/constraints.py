@@ -76,6 +76,8 @@ class Grammars:
                 self._prepared = LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=eos or None)
         grammar = LLMatcher.grammar_from_lark(self.lark(shape, in_thought))
         matcher = LLMatcher(self._prepared, grammar, log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # what is too complex shows at the first token
         if matcher.is_error():
             raise ApiError(400, f"the schema cannot be enforced: {_reason(matcher)}", code="unsupported_schema")
         return MatcherConstraint(matcher)

@@ -20,6 +20,7 @@ from moestream.server.errors import ApiError
 from moestream.server.metrics import Metrics
 from moestream.server.settings import ServeSettings
 from moestream.server.worker import Job, Worker
+from moestream.text.chat_template import RESERVED
 from moestream.text.replies import Delta
 from moestream.text.reply_reader import END_THINK, THINK
 from moestream.text.tokenizer import Tokenizer
@@ -159,6 +160,8 @@ class Service:
         model = self.loaded
         if model.llm.template is None:
             raise ApiError(400, "the model has no chat template (it is a base model): use /v1/completions")
+        if reserved := sorted(RESERVED & set(variables)):
+            raise ApiError(400, f"chat_template_kwargs: {reserved[0]} is reserved", param="chat_template_kwargs")
         if tools and model.form is None:
             raise ApiError(400, "tools: how this model writes calls is not known", param="tools")
         text = await asyncio.to_thread(model.llm.template.render, messages, tools=tools or None, **variables)
