@@ -12,7 +12,6 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from moestream.engine.sampling import F32, Constraint
-from moestream.errors import RequestError
 from moestream.server.errors import ApiError
 from moestream.server.settings import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
 from moestream.text.reply_reader import END_THINK, THINK
@@ -76,10 +75,8 @@ class Grammars:
                 self._prepared = LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=eos or None)
         grammar = LLMatcher.grammar_from_lark(self.lark(shape, in_thought))
         matcher = LLMatcher(self._prepared, grammar, log_level=0)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # what is too complex shows at the first token
         if matcher.is_error():
-            raise ApiError(400, f"the schema cannot be enforced: {_reason(matcher)}", code="unsupported_schema")
+            raise _unsupported(matcher)
         return MatcherConstraint(matcher)
 
     def thought_budget(self, inner: Constraint | None, budget: int, in_thought: bool) -> Constraint:
@@ -152,14 +149,14 @@ class MatcherConstraint:
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         allowed = bits[: logits.size].astype(bool)
         if self._matcher.is_error() or not allowed.any():
-            raise RequestError(f"the grammar of the reply failed: {_reason(self._matcher)}")
+            raise _unsupported(self._matcher)  # too complex a schema shows only now
         logits[: allowed.size][~allowed] = -np.inf
         logits[allowed.size :] = -np.inf
 
     def accept(self, token: int) -> None:
         """Go on with a token."""
         if not self._matcher.consume_token(token):
-            raise RequestError(f"the grammar of the reply failed: {_reason(self._matcher)}")
+            raise _unsupported(self._matcher)
 
 
 class ThoughtBudget:
@@ -197,8 +194,9 @@ class ThoughtBudget:
             self._thinking = True
 
 
-def _reason(matcher: LLMatcher) -> str:
-    return matcher.get_error().split("\n<state>")[0][:300]
+def _unsupported(matcher: LLMatcher) -> ApiError:
+    reason = matcher.get_error().split("\n<state>")[0][:300]
+    return ApiError(400, f"the schema cannot be enforced: {reason}", code="unsupported_schema")
 
 
 def check_schema(schema: Any, param: str) -> None:

@@ -271,6 +271,8 @@ class Generation:
         left = len(self.jobs)
         while left:
             index, delta = await self._queue.get()
+            if isinstance(delta, ApiError):
+                raise delta  # the request's own fault, found while it was served
             if isinstance(delta, MoestreamError):
                 raise ApiError(500, str(delta), code="generation_failed")
             if delta.receipt is not None:
