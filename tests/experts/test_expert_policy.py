@@ -141,6 +141,23 @@ def test_the_estimate_is_the_decayed_frequency_of_use():
     assert policy.probability(EXPERTS) == 0.0  # a layer that never ran
 
 
+def test_keys_of_a_layer_that_never_ran_go_first():
+    """What was read ahead for a layer whose turn never came."""
+    policy = LFRU(3, LAYER_OF)
+    for key in (0, EXPERTS):
+        policy.acquire(key)
+        if key == 0:
+            policy.record(0, [0], [1], 1)
+        policy.release([key])
+    policy.acquire(1)
+    policy.record(0, [1], [1], 1)
+    assert policy.acquire(2) is None  # no more probable than what it would cost
+    policy.record(0, [2], [1], 1)
+    assert policy.acquire(2) is not None
+    assert policy.slot_of[EXPERTS] == NO_SLOT
+    assert NO_SLOT not in (policy.slot_of[0], policy.slot_of[1])
+
+
 def test_a_chunk_counts_as_at_most_one_half_life():
     policy = LFRU(4, LAYER_OF, half_life=8.0)
     for _ in range(200):

@@ -22,12 +22,14 @@ LANDING_SLOTS = 16
 """Slots kept free for bytes on their way, so that a layer's reads never wait for an eviction to be worth it."""
 POLICIES = ("lru", "lfru")
 _NEW = 2
+_EMPTY = float("inf")
+_NONE = 1e-300  # tokens of a layer that never ran: may divide
 _RESCALE = 2.0**200
 
 
-def landing_slots(slots: int, experts: int) -> int:
+def landing_slots(slots: int, experts: int, most: int = LANDING_SLOTS) -> int:
     """How many of the slots to keep free for bytes on their way; none where every expert fits."""
-    return 0 if slots >= experts else min(LANDING_SLOTS, slots // 4)
+    return 0 if slots >= experts else min(most, slots // 4)
 
 
 class LFRU:
@@ -45,7 +47,7 @@ class LFRU:
     its place when it has been used, and evicts earlier only what scores lower.
 
     Decay is applied forward (new uses weigh more), so scores only grow and one lazily repaired heap per layer gives
-    the minimum: O(1) per hit, O(log E + layers) per eviction.
+    the minimum: O(1) per hit, O(log E) and one search of a list of all layers per eviction.
     """
 
     def __init__(self, capacity: int, layer_of_key: Sequence[int], reserve: int = 0, half_life: float = 16.0) -> None:
@@ -56,29 +58,39 @@ class LFRU:
         self.pinned = bytearray(len(layer_of_key))
         """Per key: 0 evictable or not resident, 1 in use, 2 in use for the first time."""
         self._half_life = half_life
+        self._growth = 2.0 ** (1.0 / half_life)
         self._layer_of = list(layer_of_key)
         layers = max(self._layer_of, default=0) + 1
         self._score = [0.0] * len(layer_of_key)
         self._weight = [1.0] * layers  # of one use now
-        self._total = [0.0] * layers  # decayed tokens, in the same unit as the scores
+        self._total = [_NONE] * layers  # decayed tokens, in the same unit as the scores
         self._free = list(range(capacity - 1, -1, -1))
         self._heaps: list[list[tuple[float, int]]] = [[] for _ in range(layers)]  # (score once, key), evictable keys
         self._in_heap = bytearray(len(layer_of_key))
+        self._lowest = [_EMPTY] * layers  # probability of each heap's top; of a stale one a lower bound
         self._kept = 0  # resident keys that were used at least once
 
     def record(self, layer: int, keys: Sequence[int], counts: Sequence[int], rows: int) -> None:
         """Note that ``rows`` tokens ran through ``layer`` and key i was chosen by ``counts[i]`` of them."""
         if rows == 0:
             return
-        elapsed = min(float(rows), self._half_life)
-        self._weight[layer] *= 2.0 ** (elapsed / self._half_life)
-        unit = self._weight[layer] * elapsed / rows
-        self._total[layer] += self._weight[layer] * elapsed
         score = self._score
-        for key, count in zip(keys, counts, strict=True):
-            score[key] += unit * count
-        if self._weight[layer] > _RESCALE:
+        if rows == 1:  # decoding one sequence: kept short
+            weight = self._weight[layer] * self._growth
+            self._total[layer] += weight
+            for key in keys:
+                score[key] += weight
+        else:
+            elapsed = min(float(rows), self._half_life)
+            weight = self._weight[layer] * 2.0 ** (elapsed / self._half_life)
+            unit = weight * elapsed / rows
+            self._total[layer] += weight * elapsed
+            for key, count in zip(keys, counts, strict=True):
+                score[key] += unit * count
+        self._weight[layer] = weight
+        if weight > _RESCALE:
             self._rescale(layer)
+        self._note_lowest(layer)
 
     def _rescale(self, layer: int) -> None:
         factor = 1.0 / self._weight[layer]
@@ -91,10 +103,14 @@ class LFRU:
         heapify(heap)
         self._heaps[layer] = heap
 
+    def _note_lowest(self, layer: int) -> None:
+        """After a change of a layer's total or of the top of its heap."""
+        heap = self._heaps[layer]
+        self._lowest[layer] = heap[0][0] / self._total[layer] if heap else _EMPTY
+
     def probability(self, key: int) -> float:
         """Estimated probability that the next token of the key's layer uses it."""
-        total = self._total[self._layer_of[key]]
-        return self._score[key] / total if total else 0.0
+        return self._score[key] / self._total[self._layer_of[key]]
 
     def free(self) -> int:
         """Slots holding nothing."""
@@ -121,12 +137,16 @@ class LFRU:
 
     def release(self, keys: Sequence[int]) -> None:
         """Unpin keys whose bytes were used, then evict the least probable beyond what may be kept."""
+        pinned, in_heap, layer_of = self.pinned, self._in_heap, self._layer_of
         for key in keys:
-            self._kept += self.pinned[key] == _NEW
-            self.pinned[key] = 0
-            if not self._in_heap[key]:
-                self._in_heap[key] = 1
-                heappush(self._heaps[self._layer_of[key]], (self._score[key], key))
+            if pinned[key] == _NEW:
+                self._kept += 1
+            pinned[key] = 0
+            if not in_heap[key]:
+                in_heap[key] = 1
+                layer, score = layer_of[key], self._score[key]
+                heappush(self._heaps[layer], (score, key))
+                self._lowest[layer] = min(self._lowest[layer], score / self._total[layer])
         while self._kept > self.capacity - self.reserve:
             victim = self._victim()
             if victim is None:
@@ -141,18 +161,10 @@ class LFRU:
 
     def _victim(self) -> int | None:
         """The least probable evictable key."""
-        best, best_probability = None, float("inf")
-        for layer, heap in enumerate(self._heaps):
-            if not heap or heap[0][0] / self._total[layer] >= best_probability:
-                continue  # its minimum, even if stale (too low), cannot win
-            top = self._clean_top(heap)
-            if top is not None and (p := top[0] / self._total[layer]) < best_probability:
-                best, best_probability = top[1], p
-        return best
-
-    def _clean_top(self, heap: list[tuple[float, int]]) -> tuple[float, int] | None:
-        """Repair a heap until its top is current and evictable."""
-        while heap:
+        lowest = self._lowest
+        while (bound := min(lowest)) < _EMPTY:
+            layer = lowest.index(bound)
+            heap = self._heaps[layer]
             score, key = heap[0]
             if self.pinned[key] or self.slot_of[key] == NO_SLOT:
                 heappop(heap)
@@ -160,13 +172,16 @@ class LFRU:
             elif score != self._score[key]:
                 heapreplace(heap, (self._score[key], key))
             else:
-                return heap[0]
+                return key
+            self._note_lowest(layer)
         return None
 
     def _evict(self, key: int) -> None:
         """Drop the key at the top of its layer's heap."""
-        heappop(self._heaps[self._layer_of[key]])
+        layer = self._layer_of[key]
+        heappop(self._heaps[layer])
         self._in_heap[key] = 0
+        self._note_lowest(layer)
         self._kept -= 1
         self._free.append(self.slot_of[key])
         self.slot_of[key] = NO_SLOT
