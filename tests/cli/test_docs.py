@@ -12,8 +12,9 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:slow fallback")  # of an install without a compiler
-@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
-def test_python_blocks_run(page, model, capsys):
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md", "docs/traces.md"])
+def test_python_blocks_run(page, model, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code = "\n".join(BLOCK.findall((ROOT / page).read_text()))
     code = code.replace('"path/to/model"', repr(str(model))).replace('"8GB"', '"400MB"')
     names: dict[str, object] = {}
