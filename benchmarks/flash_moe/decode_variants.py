@@ -156,9 +156,7 @@ class Bench:
             next(stream)
         took, stats = time.perf_counter() - start, store.stats() - before
         stream.close()
-        self.facts[name].append(
-            {"MB_a_token": stats.bytes_read / self.tokens / 1e6, "hit_rate": stats.hit_rate, "overlap": stats.overlap}
-        )
+        self.facts[name].append({"MB_a_token": stats.bytes_read / self.tokens / 1e6, "hit_rate": stats.hit_rate})
         return self.tokens / took
 
 
@@ -217,7 +215,7 @@ def main() -> None:
         ceiling = disk / 1e6 / max(mean["MB_a_token"], 1e-9)
         print(
             f"  {name}: {mean['MB_a_token']:.0f} MB a token (disk alone would give {ceiling:.1f} tok/s), "
-            f"hits {100 * mean['hit_rate']:.1f} %, {100 * mean['overlap']:.0f} % of reading hidden"
+            f"hits {100 * mean['hit_rate']:.1f} %"
         )
         ratio = common.paired(results, name, args.variants[0])
         report["variants"][name] = {"tok_s": common.medians(results)[name], "ratio": ratio, **mean}
