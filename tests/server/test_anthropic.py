@@ -103,6 +103,10 @@ def test_wrong_and_unsupported_parameters_are_named(claude, change, name):
     assert caught.value.body["error"]["type"] == "invalid_request_error"
 
 
+def test_models(claude):
+    assert [model.display_name for model in claude.models.list()] == ["demo"]
+
+
 def test_other_errors(claude):
     with pytest.raises(anthropic.NotFoundError) as caught:
         ask(claude, model="claude-9")

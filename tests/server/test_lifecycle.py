@@ -163,8 +163,8 @@ def test_file_environment_and_flags(tmp_path):
         names = [model["id"] for model in server.request("GET", "/v1/models")[2]["data"]]
         assert names == ["flag-name", "alias"]
         status, _, body = server.chat(model="alias", n=3)
-        assert status == 429
-        assert "at most 2 may" in body["error"]["message"]
+        assert status == 400
+        assert "at most 2 are possible" in body["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ def test_text_and_token_prompts(client):
         complete(client, [99999])
     with pytest.raises(openai.BadRequestError, match="prompt"):
         complete(client, [])
+    with pytest.raises(openai.BadRequestError, match="80 replies are asked for at once, at most 72"):
+        complete(client, ["x"] * 80)
 
 
 def test_prompt_log_probabilities_as_evaluations_want_them(client):

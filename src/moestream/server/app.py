@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -83,13 +84,19 @@ def _add_status(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def model(name: str) -> dict[str, Any]:
-        entry = {"id": name, "object": "model", "created": service.created, "owned_by": "moestream"}
-        return {**entry, "type": "model", "display_name": name, "context_window": service.loaded.context}
+        created = datetime.fromtimestamp(service.created, UTC)
+        return {
+            **{"id": name, "object": "model", "created": service.created, "owned_by": "moestream"},  # OpenAI's
+            **{"type": "model", "display_name": name, "created_at": created.isoformat()},  # Anthropic's
+            "context_window": service.loaded.context,
+        }
 
-    @app.get("/v1/models", tags=["OpenAI"], responses={401: ERRORS[401], 503: ERRORS[503]})
+    @app.get("/v1/models", tags=["OpenAI", "Anthropic"], responses={401: ERRORS[401], 503: ERRORS[503]})
     async def models() -> Response:
         """The model that is served, under each of its names."""
-        return json_response({"object": "list", "data": [model(name) for name in service.names]})
+        data = [model(name) for name in service.names]
+        paging = {"has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}  # Anthropic's
+        return json_response({"object": "list", "data": data, **paging})
 
     @app.get("/v1/models/{name}", tags=["OpenAI"], responses={c: ERRORS[c] for c in (401, 404, 503)})
     async def one_model(name: str) -> Response:

@@ -61,6 +61,10 @@ class RequestLog:
                 f"stall={receipt.stall_s:.3f}s rss={receipt.peak_rss}"
             )
             parts += [f"LOSSY={setting!r}" for setting in receipt.setup.lossy]
+        for index, job in enumerate(self.generation.jobs if self.generation else ()):
+            if self.generation is not None and index not in self.generation.receipts:
+                new = len(job.reply.sequence.tokens) if job.reply else 0
+                parts.append(f"prompt={len(job.ids)} new={new} finish=cancelled")
         return " ".join([*parts, *([f"end={self.end}"] if self.end else [])])
 
 

@@ -61,8 +61,9 @@ class _Engine(Collector):
         """Every value now."""
         worker = self._worker
         yield GaugeMetricFamily("moestream_ready", "1 when the model is loaded", value=worker.state == "ready")
-        yield GaugeMetricFamily("moestream_running", "Sequences in the batch", value=worker.running)
-        yield GaugeMetricFamily("moestream_waiting", "Sequences that wait for a place", value=worker.waiting)
+        running, waiting = worker.load
+        yield GaugeMetricFamily("moestream_running", "Sequences in the batch", value=running)
+        yield GaugeMetricFamily("moestream_waiting", "Sequences that wait for a place", value=waiting)
         if worker.state != "ready" or worker.llm is None:
             return
         stats = worker.llm.runtime.store.stats()

@@ -85,8 +85,8 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
         raise ApiError(400, "echo with logprobs cannot be streamed", param="stream")
     prompts = await _prompts(service, body)
     count = body.n or 1
-    if count * len(prompts) > max(service.settings.max_choices, MAX_PROMPTS if count == 1 else 0):
-        raise ApiError(400, f"n times prompts is {count * len(prompts)}, too many", param="n")
+    if count > service.settings.max_choices:
+        raise ApiError(400, f"n is {count}, at most {service.settings.max_choices} are allowed", param="n")
     params = service.params(
         temperature=body.temperature,
         top_p=body.top_p,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import socket
@@ -51,7 +52,8 @@ def serve(model: str, settings: ServeSettings, load: Callable[[], LLM], say: Cal
     """
     _log_to_stderr()
     listener = _listen(settings)
-    asyncio.run(_serve(model, settings, load, say, listener))
+    with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is done
+        asyncio.run(_serve(model, settings, load, say, listener))
 
 
 async def _serve(

@@ -209,6 +209,8 @@ class Service:
             ApiError: 429, the queue is full.
         """
         capacity = self.loaded.llm.runtime.plan.max_batch + self.settings.queue
+        if len(prompts) > capacity:
+            raise ApiError(400, f"{len(prompts)} replies are asked for at once, at most {capacity} are possible")
         if self._places + len(prompts) > capacity:
             wait = math.ceil(self._seconds * max(1, self._places) / self.loaded.llm.runtime.plan.max_batch)
             raise ApiError(
@@ -261,6 +263,7 @@ class Generation:
             self._open.discard(index)
             self.service.give_place_back(self._started)
             self.service.worker.cancel(self.jobs[index])
+            self.service.metrics.replies.labels("cancelled").inc()
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(index of the sequence, delta) as they come.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -95,6 +94,4 @@ class EventStream(Response):
 async def _end(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
-    for task in tasks:
-        with contextlib.suppress(BaseException):
-            await task
+    await asyncio.gather(*tasks, return_exceptions=True)

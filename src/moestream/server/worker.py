@@ -40,17 +40,17 @@ class Job:
 class Worker:
     """Runs a model in a thread of its own. Methods are called on the event loop."""
 
-    def __init__(self, load: Callable[[], LLM], on_state: Callable[[], None]) -> None:
+    def __init__(self, load_model: Callable[[], LLM], on_state: Callable[[], None]) -> None:
         """Make a worker.
 
         Args:
-            load: Loads the model; called in the thread.
+            load_model: Called in the thread.
             on_state: Called on the event loop whenever ``state`` has changed.
         """
         self.state: Literal["loading", "ready", "failed", "closed"] = "loading"
         self.llm: LLM | None = None
         self.error: BaseException | None = None
-        self._load = load
+        self._load_model = load_model
         self._on_state = on_state
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -59,15 +59,11 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="moestream-engine", daemon=True)
 
     @property
-    def waiting(self) -> int:
-        """Sequences without a place in the batch yet."""
-        jobs = list(self._jobs)
-        return sum(job.reply is not None and job.reply.sequence.usage.started is None for job in jobs)
-
-    @property
-    def running(self) -> int:
-        """Sequences in the batch."""
-        return len(self._jobs) - self.waiting
+    def load(self) -> tuple[int, int]:
+        """Sequences (in the batch, waiting for a place)."""
+        replies = [job.reply for job in list(self._jobs)]
+        waiting = sum(reply is not None and reply.sequence.usage.started is None for reply in replies)
+        return len(replies) - waiting, waiting
 
     def start(self) -> None:
         """Begin to load."""
@@ -96,7 +92,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            with self._load() as llm:
+            with self._load_model() as llm:
                 self.llm = llm
                 self._replies = Replies(llm.runtime.engine, llm.tokenizer, llm.runtime.receipt)
                 self._become("ready")
