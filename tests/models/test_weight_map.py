@@ -42,7 +42,7 @@ def test_every_shape_is_checked(tiny: Golden) -> None:
     for name, entry in checkpoint.tensors.items():
         if name.startswith(("model.visual.", "mtp.")):
             continue
-        wrong = dataclasses.replace(entry, shape=(*entry.shape[:-1], entry.shape[-1] + 1))
+        wrong = entry._replace(shape=(*entry.shape[:-1], entry.shape[-1] + 1))
         with pytest.raises(TensorError, match=r"shape"):
             mapped(with_tensors(checkpoint, {**checkpoint.tensors, name: wrong}))
 
@@ -52,7 +52,7 @@ def test_every_shape_is_checked(tiny: Golden) -> None:
 )
 def test_unexpected_tensors_are_warned_of(name: str) -> None:
     checkpoint = golden("qwen3-f16-single").checkpoint
-    extra = dataclasses.replace(next(iter(checkpoint.tensors.values())), name=name)
+    extra = next(iter(checkpoint.tensors.values()))._replace(name=name)
     with pytest.warns(UserWarning, match=name):
         mapped(with_tensors(checkpoint, {**checkpoint.tensors, name: extra}))
 

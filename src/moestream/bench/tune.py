@@ -43,10 +43,10 @@ PROMPTS = (
     "Question: why is the sky blue in the day and red in the evening? Answer:",
     "The parliament met on Tuesday to discuss the new budget. The minister of finance said",
 )
-RECORD_SHARE, DECODE_SHARE = 0.1, 0.03
-"""Of the whole time: for recording routing, and for a turn of decoding."""
+RECORD_SHARE, AGAIN_SHARE, DECODE_SHARE = 0.1, 0.25, 0.03
+"""Of the whole time: for recording routing, for second turns, and for the decoding of one turn."""
 FILL_SHARE = 0.35
-"""Of the time left: for filling the caches of one candidate, at most."""
+"""Of the time left in a round: for filling the caches of one candidate, at most."""
 PROBE_SECONDS = 0.3
 SURVIVE, TIE = 0.75, 0.95
 """Second turns go to what reaches this share of the best; what reaches the larger one counts as equally fast."""
@@ -160,8 +160,7 @@ def tune(
     finally:
         tuner.runtime.close()
     rates = {c: statistics.mean(turn.tok_s for turn in turns) for c, turns in results.items()}
-    # Two turns outweigh one: what was left after the first round is not chosen on a lucky turn.
-    best = choose({c: rate for c, rate in rates.items() if len(results[c]) == max(map(len, results.values()))})
+    best = choose(rates)
     return StoredPlan(
         cache=best.cache,
         slots=best.slots,
@@ -211,21 +210,23 @@ def _measure(
     tuner.record(start + RECORD_SHARE * seconds)
     results: dict[Candidate, list[Turn]] = {}
 
-    def turn(candidate: Candidate) -> None:
+    def turn(candidate: Candidate, until: float) -> None:
         tuner.tick = lambda: shown(f"Trying {candidate.cache}, {candidate.slots} slots")
         tuner.tick()
         disk = native().probe_read(str(probed), LARGE, PROBE_SECONDS, True, PROBE_THREADS)
-        measured = tuner.turn(candidate, FILL_SHARE * max(1.0, end - time.perf_counter()), DECODE_SHARE * seconds, disk)
+        measured = tuner.turn(
+            candidate, FILL_SHARE * max(1.0, until - time.perf_counter()), DECODE_SHARE * seconds, disk
+        )
         results.setdefault(candidate, []).append(measured)
         say(turn_line(candidate, tuner.slot_nbytes, measured))
 
     for candidate in tried:
-        turn(candidate)
+        turn(candidate, end - AGAIN_SHARE * seconds)
     best = max(turns[0].tok_s for turns in results.values())
     again = [c for c in reversed(tried) if results[c][0].tok_s >= SURVIVE * best][:MOST_SURVIVORS]
     for candidate in again:
         if end - time.perf_counter() > 2 * DECODE_SHARE * seconds:
-            turn(candidate)
+            turn(candidate, end)
     return results
 
 
@@ -254,9 +255,10 @@ class _Tuner:
         self._prompts = deque(_prompts(checkpoint.path, runtime.config.vocab_size))
         moe = runtime.config.moe
         if routing != "model":
-            runtime.model.router_override = SyntheticRouter(
+            router = SyntheticRouter(
                 moe.experts, runtime.model.active_experts, len(runtime.config.layers), uniform=routing == "uniform"
-            ).ids
+            )
+            runtime.model.router_override, runtime.model.predict_override = router.ids, router.predict
         self._routed: deque[tuple[int, I32]] = deque(maxlen=REPLAYED * len(weights.experts))
         random = np.random.default_rng(0)
         self._order = {layer: random.permutation(moe.experts).astype(np.int32) for layer in weights.experts}

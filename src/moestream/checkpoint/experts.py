@@ -112,16 +112,42 @@ def _from_singles(
     layouts: list[MatrixLayout] = []
     parts: list[Ranges] = []
     for name, shape in zip(PROJECTIONS, shapes, strict=True):
-        found = [find_matrix(tensors, quantization, f"{prefix}.{e}.{name}", shape) for e in range(num_experts)]
-        layout = found[0].layout
-        for e, matrix in enumerate(found):
-            if matrix.layout != layout:
-                raise TensorError(
-                    f"experts of a layer must share one encoding: {prefix}.{e}.{name} is "
-                    f"{matrix.layout.encoding.name}, {prefix}.0.{name} is {layout.encoding.name}"
-                )
-        layouts.append(layout)
-        for p in range(len(layout.part_nbytes)):
-            rows = [(m.tensors[p].file, m.tensors[p].offset, m.tensors[p].nbytes) for m in found]
+        origin = f"{prefix}.0.{name}"
+        first = find_matrix(tensors, quantization, origin, shape)
+        paths = [(origin, f"{prefix}.{e}.{name}") for e in range(num_experts)]
+        found = [_like(first, tensors, quantization, pair, shape) for pair in paths]
+        layouts.append(first.layout)
+        for p in range(len(first.tensors)):
+            rows = [(entries[p].file, entries[p].offset, entries[p].nbytes) for entries in found]
             parts.append(np.array(rows, np.int64))
     return ExpertTable(ExpertLayout(*layouts), np.stack(parts, axis=1))
+
+
+def _like(
+    first: StoredMatrix,
+    tensors: Mapping[str, TensorEntry],
+    quantization: Quantization,
+    paths: tuple[str, str],
+    shape: tuple[int, int],
+) -> tuple[TensorEntry, ...]:
+    """The tensors of the second of two modules, which must be stored as the first one is.
+
+    Where the tensors look the same so does the layout, which 92,000 modules of one checkpoint need not work out again.
+    """
+    origin, path = paths
+    found = [tensors.get(path + entry.name[len(origin) :]) for entry in first.tensors]
+    entries = tuple(entry for entry in found if entry is not None)
+    same = len(entries) == len(found) and all(
+        entry.dtype == model.dtype and entry.shape == model.shape
+        for entry, model in zip(entries, first.tensors, strict=True)
+    )
+    same = same and (f"{path}.scales" in tensors) == (f"{origin}.scales" in tensors)
+    if same and quantization.of(path) == quantization.of(origin):
+        return entries
+    matrix = find_matrix(tensors, quantization, path, shape)
+    if matrix.layout != first.layout:
+        raise TensorError(
+            f"experts of a layer must share one encoding: {path} is {matrix.layout.encoding.name}, "
+            f"{origin} is {first.layout.encoding.name}"
+        )
+    return matrix.tensors

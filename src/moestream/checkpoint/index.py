@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -119,6 +121,19 @@ class Checkpoint:
         return np.frombuffer(pread_exact(self.files[file], offset, nbytes), np.uint8)
 
 
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """Hundreds of thousands of new objects, none of them garbage: the collector would look at them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@paused_collector()
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face style folder: config.json with one ``model.safetensors`` or an index and its shards.
 

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,8 @@ DTYPE_BITS: dict[str, int] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a file, checked to lie inside it."""
+class TensorEntry(NamedTuple):
+    """One tensor of a file, checked to lie inside it. A tuple, because a checkpoint may have 276,000 of them."""
 
     name: str
     dtype: str
@@ -164,9 +163,12 @@ def read_header(path: Path, file: int = 0) -> Header:
     metadata = _check_metadata(path, raw.pop("__metadata__", {}))
     tensors: dict[str, TensorEntry] = {}
     for name, info in raw.items():
-        where = f"{path}: tensor {_check_name(path, name)}"
-        dtype, shape, offset, nbytes = _check_entry(where, info, start, size)
-        tensors[name] = TensorEntry(name, dtype, shape, file, offset, nbytes)
+        if not name.isprintable():  # lone surrogates and control characters break whatever prints the name later
+            raise HeaderError(f"{path}: tensor name {_short(name)} holds unprintable characters")
+        try:
+            tensors[name] = _entry(name, info, file, start, size)
+        except CheckpointError as error:
+            raise type(error)(f"{path}: tensor {_short(name)}{error}") from None
     _check_cover(path, list(tensors.values()), start, size)
     return Header(tensors, metadata)
 
@@ -178,47 +180,44 @@ def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _check_name(path: Path, name: str) -> str:
-    """The name for messages; refuses lone surrogates and control characters, which break whatever prints it later."""
-    if not name.isprintable():
-        raise HeaderError(f"{path}: tensor name {_short(name)} holds unprintable characters")
-    return _short(name)
+def _entry(name: str, info: Any, file: int, start: int, size: int) -> TensorEntry:
+    """One tensor; the data begins at ``start`` in a file of ``size`` bytes.
 
-
-def _check_entry(where: str, info: Any, start: int, size: int) -> tuple[str, tuple[int, ...], int, int]:
-    """Dtype, shape, absolute offset and bytes of a tensor; the data begins at ``start`` in a file of ``size`` bytes."""
+    Raises:
+        CheckpointError: without the start of its message, which the caller knows.
+    """
     if not isinstance(info, dict):
-        raise HeaderError(f"{where} must be an object, is {type(info).__name__}")
+        raise HeaderError(f" must be an object, is {type(info).__name__}")
     try:
         dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     except KeyError as missing:
-        raise HeaderError(f"{where}: field {missing} is missing") from None
+        raise HeaderError(f": field {missing} is missing") from None
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise TensorError(f"{where}: unknown dtype {_short(dtype)}")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise TensorError(f"{where}: shape {_short(shape)} is not a list of non-negative integers")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise TensorError(f"{where}: data_offsets {_short(offsets)} are not two non-negative integers")
-    begin, end = offsets
-    if begin > end:
-        raise TensorError(f"{where}: data_offsets {_short(offsets)} begin after they end")
-    if start + end > size:
-        raise TensorError(
-            f"{where}: data_offsets {_short(offsets)} end past the end of the file ({size} bytes); "
-            "it is truncated or damaged: download it again"
-        )
+        raise TensorError(f": unknown dtype {_short(dtype)}")
     elements = 1
-    for n in shape:
+    for n in shape if isinstance(shape, list) else [None]:
+        if type(n) is not int or n < 0:
+            raise TensorError(f": shape {_short(shape)} is not a list of non-negative integers")
         elements *= n
         if elements > MAX_ELEMENTS:
-            raise TensorError(f"{where}: shape {_short(shape)} overflows 64 bits")
+            raise TensorError(f": shape {_short(shape)} overflows 64 bits")
+    begin, end = offsets if isinstance(offsets, list) and len(offsets) == 2 else (None, None)
+    if type(begin) is not int or type(end) is not int or begin < 0 or end < 0:
+        raise TensorError(f": data_offsets {_short(offsets)} are not two non-negative integers")
+    if begin > end:
+        raise TensorError(f": data_offsets {_short(offsets)} begin after they end")
+    if start + end > size:
+        raise TensorError(
+            f": data_offsets {_short(offsets)} end past the end of the file ({size} bytes); "
+            "it is truncated or damaged: download it again"
+        )
     if elements * bits != (end - begin) * 8:
         raise TensorError(
-            f"{where}: shape {_short(shape)} of {dtype} needs {elements * bits / 8:.10g} bytes, "
+            f": shape {_short(shape)} of {dtype} needs {elements * bits / 8:.10g} bytes, "
             f"data_offsets hold {end - begin}"
         )
-    return dtype, tuple(shape), start + begin, end - begin
+    return TensorEntry(name, dtype, tuple(shape), file, start + begin, end - begin)
 
 
 def _short(value: Any) -> str:

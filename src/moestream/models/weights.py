@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moestream.checkpoint.encoding import ExpertTable, MatrixSpec
-from moestream.checkpoint.index import Checkpoint
+from moestream.checkpoint.index import Checkpoint, paused_collector
 from moestream.checkpoint.safetensors import TensorEntry
 from moestream.errors import TensorError
 from moestream.models.config import ModelConfig
@@ -67,6 +67,7 @@ class WeightMap:
         return sum(spec.layout.nbytes for spec in self.matrices())
 
 
+@paused_collector()
 def map_weights(checkpoint: Checkpoint, config: ModelConfig, names: TensorNames) -> WeightMap:
     """Find every tensor the model needs. Warns of tensors that nothing uses, which may mean a different model.
 
@@ -184,13 +185,14 @@ def _warn_of_unused(checkpoint: Checkpoint, names: TensorNames, prefix: str, wei
     used.add(weights.norm.name)
     if weights.head is None:
         used |= {path + suffix for path in names.heads for suffix in MATRIX_SUFFIXES}
-    experts = tuple(f"{prefix}layers.{i}.mlp.{kind}." for i in weights.experts for kind in ("experts", "switch_mlp"))
+    experts = {f"{prefix}layers.{i}.mlp.{kind}" for i in weights.experts for kind in ("experts", "switch_mlp")}
+    depth = prefix.count(".") + 4  # dots before the name of an expert's module
     unused = [
         name
         for name in checkpoint.tensors
         if name not in used
         and not name.startswith(names.ignored)
-        and not (name.startswith(experts) and name.endswith((*MATRIX_SUFFIXES, "_proj")))
+        and not (name.endswith((*MATRIX_SUFFIXES, "_proj")) and ".".join(name.split(".", depth)[:depth]) in experts)
     ]
     if unused:
         shown = ", ".join(unused[:LISTED]) + (", ..." if len(unused) > LISTED else "")
