@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from moestream.engine.prefix import PrefixCache
 from moestream.engine.receipt import FinishReason, IoCounters, Usage
 from moestream.engine.sampling import Constraint, Sampler, SamplingParams, TokenLogprobs, token_logprobs
 from moestream.engine.scheduler import Scheduler
@@ -71,6 +72,7 @@ class Engine:
         eos_ids: abc.Set[int] = frozenset(),
         max_batch: int = 8,
         prefill_chunk: int = 512,
+        prefixes: PrefixCache | None = None,
         counters: Callable[[], IoCounters] = IoCounters,
         recover: Callable[[], None] = lambda: None,
     ) -> None:
@@ -83,6 +85,7 @@ class Engine:
             eos_ids: Tokens that end a reply.
             max_batch: Sequences that hold states at a time.
             prefill_chunk: Prompt tokens of a step.
+            prefixes: Spares what prompts begin with alike.
             counters: The expert store's counters, read before and after each step.
             recover: Called before the next step after an exception left the model's expert source half way.
         """
@@ -94,6 +97,7 @@ class Engine:
         self._eos_ids = frozenset(eos_ids)
         self._prefill_chunk = prefill_chunk
         self._scheduler = Scheduler(max_batch, prefill_chunk)
+        self._prefixes = prefixes
         self._counters = counters
         self._recover = recover
         self._half_way = False
@@ -187,9 +191,10 @@ class Engine:
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
-        if self.on_step is not None:
-            self.on_step(chunks)
         try:
+            chunks = self._started(chunks)
+            if self.on_step is not None:
+                self.on_step(chunks)
             batch, wanted = self._batch(chunks)
             before = self._counters()
             logits = self._forward(batch)
@@ -202,6 +207,18 @@ class Engine:
                 self.abort(sequence)
             raise
 
+    def _started(self, chunks: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """The same chunks after new sequences got their states, without what the prefix cache brought."""
+        for sequence, _ in chunks:
+            if sequence.states is None:
+                limit = sequence.params.max_tokens
+                room = self.context if limit is None else min(self.context, len(sequence.prompt) + limit)
+                sequence.usage.started = time.perf_counter()
+                sequence.states = self._model.new_states(room)
+                if self._prefixes is not None and sequence.params.prompt_logprobs is None:
+                    sequence.cached = sequence.computed = self._prefixes.start(sequence.prompt, sequence.states)
+        return [(s, count if s.decoding else min(count, len(s.prompt) - s.computed)) for s, count in chunks]
+
     def _forward(self, batch: Batch) -> F32:
         if self._half_way:
             self._recover()
@@ -212,15 +229,10 @@ class Engine:
 
     def _batch(self, chunks: list[tuple[Sequence, int]]) -> tuple[Batch, list[tuple[Sequence, int]]]:
         """The batch of a step, and the sequences that use its logits, in order, with the number of their rows."""
-        now = time.perf_counter()
         parts, wanted, row = [], [], 0
         rows: list[int] = []
         for sequence, count in chunks:
-            if sequence.states is None:
-                limit = sequence.params.max_tokens
-                room = self.context if limit is None else min(self.context, len(sequence.prompt) + limit)
-                sequence.states = self._model.new_states(room)
-                sequence.usage.started = now
+            assert sequence.states is not None
             parts.append((sequence.upcoming(count), sequence.states))
             own = range(row, row + count)
             if sequence.params.prompt_logprobs is None or sequence.decoding:
@@ -260,6 +272,8 @@ class Engine:
                 continue
             _score_prompt(sequence, own)
             if sequence.decoding:
+                if self._prefixes is not None and not sequence.tokens and sequence.states is not None:
+                    self._prefixes.keep(sequence.prompt, sequence.states)
                 events.append(self._sample(sequence, own[-1]))
         return events
 
@@ -295,6 +309,10 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
+        if self._half_way or reason == "error":
+            sequence.states = None  # they stand somewhere between two tokens
+        if self._prefixes is not None and sequence.states is not None and sequence.tokens:
+            self._prefixes.keep_end((*sequence.prompt, *sequence.tokens), sequence.states)
         sequence.states = None  # its memory is free for the next one
         self._scheduler.remove(sequence)
 

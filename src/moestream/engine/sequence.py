@@ -24,6 +24,8 @@ class Sequence:
     """None while waiting and after the end."""
     computed: int = 0
     """Tokens of prompt and reply that are in the states."""
+    cached: int = 0
+    """Tokens of the prompt that the prefix cache had."""
     tokens: list[int] = field(default_factory=list)
     """The reply; an end token, if one ended it, is the last."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)

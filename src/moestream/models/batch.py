@@ -23,6 +23,12 @@ class Segment:
     start: int
     length: int
 
+    def cuts(self) -> list[int]:
+        """Rows at which a recurrent layer must stop: where its state is wanted, and the end."""
+        past = self.states.length
+        marks = [self.start + m - past for m in self.states.marks if past < m < past + self.length]
+        return [self.start, *marks, self.start + self.length]
+
 
 @dataclass(slots=True)
 class Batch:

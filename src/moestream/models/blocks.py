@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -133,8 +134,11 @@ class DeltaNet:
         for s in step.batch.segments:
             state = s.states.layers[layer]
             assert isinstance(state, DeltaState)
-            own = slice(s.start, s.start + s.length)
-            out.append(step.ops.delta_net(u[own], z[own], b[own], a[own], self.params, state))
+            cuts = s.cuts()
+            for start, end in pairwise(cuts):
+                own = slice(start, end)
+                out.append(step.ops.delta_net(u[own], z[own], b[own], a[own], self.params, state))
+                s.states.mark(state, s.states.length + end - s.start)
         return step.ops.linear(_joined(out), [self.out])[0]
 
 

@@ -5,6 +5,8 @@ Shape letters: as in ``ops/base.py``.
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +23,9 @@ class SequenceStates:
     Attributes:
         layers: ``KVCache`` or ``DeltaState`` of each layer.
         length: tokens seen so far.
+        marks: lengths, ascending and still ahead, at which delta-net states are to be copied into ``marked``.
+        marked: copies of the delta-net states after so many tokens, in the order of the layers.
+        pages: for ``snapshots.py``: the full pages of this sequence that a snapshot has made or brought.
     """
 
     def __init__(self, config: ModelConfig, exact: bool, limit: int | None = None) -> None:
@@ -32,6 +37,9 @@ class SequenceStates:
             limit: tokens the sequence is planned for; the KV capacity stops doubling there (it still grows if needed).
         """
         self.length = 0
+        self.marks: tuple[int, ...] = ()
+        self.marked: dict[int, list[DeltaState]] = {}
+        self.pages: list[weakref.ref[npt.NDArray[np.floating]]] = []
         self._limit = config.max_positions if limit is None else limit
         self.layers: list[KVCache | DeltaState] = []
         for plan in config.layers:
@@ -55,12 +63,26 @@ class SequenceStates:
                 cache.k = _grown(cache.k, cache.length, capacity)
                 cache.v = _grown(cache.v, cache.length, capacity)
 
+    def delta_states(self) -> list[DeltaState]:
+        """The states of the delta-net layers, in order."""
+        return [s for s in self.layers if isinstance(s, DeltaState)]
+
+    def mark(self, state: DeltaState, length: int) -> None:
+        """A delta-net layer's state has seen ``length`` tokens; keep a copy if that is wanted."""
+        if length in self.marks:
+            self.marked.setdefault(length, []).append(copy_of(state))
+
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(
             s.k.nbytes + s.v.nbytes if isinstance(s, KVCache) else s.conv.nbytes + s.s.nbytes for s in self.layers
         )
+
+
+def copy_of(state: DeltaState) -> DeltaState:
+    """A copy that the sequence does not change any more."""
+    return DeltaState(state.conv.copy(), state.s.copy())
 
 
 def _grown(old: npt.NDArray[np.floating], length: int, capacity: int) -> npt.NDArray[np.floating]:
