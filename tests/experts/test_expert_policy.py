@@ -158,14 +158,15 @@ def test_keys_of_a_layer_that_never_ran_go_first():
     assert NO_SLOT not in (policy.slot_of[0], policy.slot_of[1])
 
 
-def test_a_chunk_counts_as_at_most_one_half_life():
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (4, 2), (64, 8), (10**9, 8)])
+def test_a_step_counts_as_the_root_of_its_rows_and_at_most_a_half_life(rows, tokens):
     policy = LFRU(4, LAYER_OF, half_life=8.0)
     for _ in range(200):
         policy.record(0, [0], [1], 1)
-    policy.record(0, [1], [1000], 1000)
-    old, new = policy.probability(0), policy.probability(1)
-    assert old + new == pytest.approx(1.0)
-    assert 0.3 < old < 0.6
+    policy.record(0, [1], [rows], rows)
+    past = 2.0 ** (-tokens / 8.0) / (1.0 - 2.0 ** (-1.0 / 8.0))
+    assert policy.probability(1) == pytest.approx(tokens / (tokens + past))
+    assert policy.probability(0) + policy.probability(1) == pytest.approx(1.0)
 
 
 def cyclic(sweeps, per_request=EXPERTS):

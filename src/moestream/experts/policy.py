@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
+from math import sqrt
 
 from moestream.errors import ConfigError
 
@@ -40,8 +41,10 @@ class LFRU:
     decayed number of tokens, i.e. an estimate of the probability that the next token of that layer uses it. It is
     comparable between layers, so slots go where routing is concentrated, and it is the same for all keys of a uniform
     sweep, so a sweep larger than the cache keeps what it has instead of replacing everything (LRU then hits 0 %).
-    A prefill chunk counts as at most one half-life of tokens. A half-life of 16 tokens is the robust choice: on
-    simulated routing of low to high persistence it is at worst 4 points below LRU and up to 28 above.
+    A step of n rows counts as sqrt(n) tokens, because its rows are alike (one prompt) or are wanted together (a batch),
+    and as at most one half-life.
+    A half-life of 16 tokens is the robust choice: on recorded and simulated traces longer ones win up to 2 points where
+    popularity drifts slowly and lose up to 9 where the topic changes every 30 tokens.
 
     At most ``capacity - reserve`` keys are kept; the other slots are for bytes on their way. A newcomer competes for
     its place when it has been used, and evicts earlier only what scores lower.
@@ -81,7 +84,7 @@ class LFRU:
             for key in keys:
                 score[key] += weight
         else:
-            elapsed = min(float(rows), self._half_life)
+            elapsed = min(sqrt(rows), self._half_life)
             weight = self._weight[layer] * 2.0 ** (elapsed / self._half_life)
             unit = weight * elapsed / rows
             self._total[layer] += weight * elapsed
