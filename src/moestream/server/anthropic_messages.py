@@ -19,6 +19,7 @@ from moestream.server.schemas import (
     Effort,
     Function,
     FunctionName,
+    Int,
     Label,
     Parts,
     StopTexts,
@@ -99,7 +100,7 @@ class Thinking(Body):
     """Whether and how long the model thinks."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+    budget_tokens: Annotated[Int, Field(ge=1)] | None = None
     display: Literal["summarized"] | None = None
 
 
@@ -133,10 +134,10 @@ class CountBody(Body):
 class MessagesBody(CountBody):
     """The body of ``/v1/messages``."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[Int, Field(ge=1)]
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[Int, Field(ge=0)] | None = None
     stop_sequences: StopTexts | None = None
     stream: bool | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

@@ -12,6 +12,7 @@ from typing import Any, cast
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 from moestream.errors import MoestreamError
 from moestream.server.anthropic_messages import CountBody, MessagesBody, count_tokens, messages
@@ -50,7 +51,18 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app)
     _add_status(app, service)
     _add_apis(app, service)
+    app.openapi = lambda: _document(app, service)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
+
+
+def _document(app: FastAPI, service: Service) -> dict[str, Any]:
+    """The OpenAPI document, with the names that ``model`` may have."""
+    if app.openapi_schema is None:
+        app.openapi_schema = FastAPI.openapi(app)
+        for schema in app.openapi_schema["components"]["schemas"].values():
+            if "model" in schema.get("properties", {}):
+                schema["properties"]["model"]["enum"] = list(service.names)
+    return app.openapi_schema
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -63,7 +75,9 @@ def _add_errors(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         problem = cast(HTTPException, error)
-        return error_response(ApiError(problem.status_code, str(problem.detail)), request.url.path)
+        answer = error_response(ApiError(problem.status_code, str(problem.detail)), request.url.path)
+        answer.headers.update(problem.headers or {})
+        return answer
 
     app.add_exception_handler(MoestreamError, known)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -78,10 +92,10 @@ def _add_status(app: FastAPI, service: Service) -> None:
         ready = state == "ready"
         return json_response({"status": "ok" if ready else state, "model": service.names[0]}, 200 if ready else 503)
 
-    @app.get("/metrics", tags=["status"], responses={401: ERRORS[401]})
+    @app.get("/metrics", tags=["status"], response_class=PlainTextResponse, responses={401: ERRORS[401]})
     async def metrics() -> Response:
         """Counters for Prometheus."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def model(name: str) -> dict[str, Any]:
         created = datetime.fromtimestamp(service.created, UTC)

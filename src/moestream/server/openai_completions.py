@@ -14,7 +14,7 @@ from moestream.engine.sampling import TokenLogprobs
 from moestream.server.chat import spread
 from moestream.server.errors import ApiError, as_api_error, error_body, json_response
 from moestream.server.openai_chat import DONE, PING, StreamOptions
-from moestream.server.schemas import Body, Label, StopText, StopTexts, new_id, now, receipts_of, token_counts
+from moestream.server.schemas import Body, Int, Label, StopText, StopTexts, new_id, now, receipts_of, token_counts
 from moestream.server.service import Generation, Service
 from moestream.server.sse import EventStream, event, unless_gone
 from moestream.text.replies import Delta
@@ -22,7 +22,7 @@ from moestream.text.tokenizer import Tokenizer
 
 PATH = "/v1/completions"
 MAX_PROMPTS = 128
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[Int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
@@ -37,18 +37,18 @@ class CompletionBody(Body):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[Int, Field(ge=0)] | None = None
+    n: Annotated[Int, Field(ge=1, le=128)] | None = None
     best_of: Literal[1] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[Int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Int | None = None
     stop: StopText | StopTexts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

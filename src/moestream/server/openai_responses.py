@@ -18,6 +18,7 @@ from moestream.server.schemas import (
     Effort,
     Function,
     FunctionName,
+    Int,
     Label,
     Parts,
     as_tool,
@@ -138,7 +139,7 @@ class ResponsesBody(Body):
     model: str
     input: str | Annotated[list[Item], Field(min_length=1, max_length=16384)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
