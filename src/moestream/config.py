@@ -41,6 +41,8 @@ class RunConfig:
     """Tokens of state the budget must hold per sequence; None: min(model's limit, 8192)."""
     io_threads: int = 8
     """Reads in flight."""
+    prefetch: Literal["auto", "off"] = "auto"
+    """``auto``: experts are read before their router has chosen them, as long as that is measured to pay."""
     backend: Literal["auto", "cpu", "reference"] = "auto"
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class RunConfig:
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.cache not in (None, "arena", "hybrid", "page", "none"):
             raise ConfigError(f"cache must be arena, hybrid, page or none, got {self.cache!r}")
+        if self.prefetch not in ("auto", "off"):
+            raise ConfigError(f"prefetch must be auto or off, got {self.prefetch!r}")
         if self.backend not in ("auto", "cpu", "reference"):
             raise ConfigError(f"backend must be auto, cpu or reference, got {self.backend!r}")
 

@@ -109,6 +109,7 @@ class LLM:
         io_threads: int = 8,
         backend: Literal["auto", "cpu", "reference"] = "auto",
         stored_plan: bool = True,
+        prefetch: Literal["auto", "off"] = "auto",
         progress: Progress | None = None,
     ) -> LLM:
         """Load a model folder; nothing large is allocated before the memory plan fits.
@@ -126,6 +127,7 @@ class LLM:
             io_threads: Reads in flight.
             backend: ``auto`` takes the native one, or the numpy reference with a warning.
             stored_plan: Without ``ram`` and ``cache``, follow what ``moestream plan --measure`` has stored.
+            prefetch: ``auto``: read experts before their router has chosen them, as long as that is measured to pay.
             progress: Called with (what, bytes done, bytes in all) while loading.
 
         Raises:
@@ -146,6 +148,7 @@ class LLM:
             io_threads=io_threads,
             backend=backend,
             stored_plan=stored_plan,
+            prefetch=prefetch,
         )
         folder = find_model(model)
         template = ChatTemplate.load(folder)

@@ -150,6 +150,12 @@ class FaultyReader:
     def detach(self, memory):
         self.inner.detach(memory)
 
+    def promote(self, tickets):
+        self.inner.promote(tickets)
+
+    def cancel(self, tickets):
+        self.inner.cancel(tickets)
+
     def cancel_prefetch(self):
         self.inner.cancel_prefetch()
 

@@ -307,38 +307,37 @@ def one_thread(request):
     reader.close()
 
 
-def test_a_promoted_read_goes_before_all_others(tmp_path, one_thread):
+@pytest.fixture
+def queued(tmp_path, one_thread):
+    """Prefetch tickets 0..99 and demand tickets 1000..1999 of a busy reader."""
     fd = one_thread.open(sparse(tmp_path, 1 << 20), False)
     memory = allocate(area_nbytes(1 << 20))
     one_thread.attach(memory)
-    batch = np.repeat(place(fd, [(0, 1 << 20)], memory), 300, axis=0)
-    batch[:, TICKET] = np.arange(300)
-    one_thread.submit(batch[:200], prefetch=True)
-    one_thread.submit(batch[200:])
-    one_thread.promote([150, 151, 250, 7777])  # a demand read and a stranger change nothing
+    batch = np.repeat(place(fd, [(0, 1 << 20)], memory), 1100, axis=0)  # into the same place: about 0.1 s
+    batch[:, TICKET] = [*range(1000, 2000), *range(100)]
+    one_thread.submit(batch[:1000])
+    one_thread.submit(batch[1000:], prefetch=True)
+    return one_thread
+
+
+def test_a_promoted_read_goes_before_all_others(queued):
+    queued.promote([50, 51, 1500, 7777])  # a demand read and a stranger change nothing
     order = []
-    while len(order) < 300:
-        order += one_thread.wait(1, 10.0)[0]
-    assert sorted(order) == list(range(300))
-    at = order.index(150)
-    assert order[at + 1] == 151
-    assert at < 99, "the promoted read waited for the demand reads"
-    assert max(order.index(t) for t in range(200, 300)) < order.index(100), "the other prefetch reads did not wait"
+    while len(order) < 1100:
+        order += queued.wait(1, 10.0)[0]
+    assert sorted(order) == [*range(100), *range(1000, 2000)]
+    at = order.index(50)
+    assert order[at : at + 2] == [50, 51]
+    assert at < 1000, "the promoted read waited for the demand reads"
+    assert order.index(1999) < order.index(49), "the other prefetch reads did not wait"
 
 
-def test_only_chosen_prefetch_reads_are_cancelled(tmp_path, one_thread):
-    fd = one_thread.open(sparse(tmp_path, 1 << 20), False)
-    memory = allocate(area_nbytes(1 << 20))
-    one_thread.attach(memory)
-    batch = np.repeat(place(fd, [(0, 1 << 20)], memory), 200, axis=0)
-    batch[:, TICKET] = np.arange(200)
-    one_thread.submit(batch[:100], prefetch=True)
-    one_thread.submit(batch[100:])
-    one_thread.cancel([97, 98, 150, 7777])  # a demand read and a stranger are left alone
-    done, failed = collect(one_thread, 200)
+def test_only_chosen_prefetch_reads_are_cancelled(queued):
+    queued.cancel([97, 98, 1500, 7777])  # a demand read and a stranger are left alone
+    done, failed = collect(queued, 1100)
     assert {f.ticket: f.code for f in failed} == {97: errno.ECANCELED, 98: errno.ECANCELED}
-    assert sorted(done) == [t for t in range(200) if t not in (97, 98)]
-    assert one_thread.counters().errors == 0
+    assert sorted(done) == [*range(97), 99, *range(1000, 2000)]
+    assert queued.counters().errors == 0
 
 
 def test_promoting_and_cancelling_while_reading_reports_each_ticket_once(reader, file):

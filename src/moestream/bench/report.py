@@ -56,6 +56,11 @@ def ceiling_lines(c: dict[str, Any]) -> list[str]:
     ]
 
 
+def _missed(phase: Phase) -> int:
+    """Bytes that had to be read: a wrong guess is no work done."""
+    return phase.io.bytes_read - phase.io.bytes_wasted
+
+
 def phase_facts(phase: Phase, floors: dict[str, float]) -> dict[str, Any]:
     """One phase as plain values, with the ceiling that binds."""
     limit = max(floors, key=lambda name: floors[name])
@@ -68,6 +73,9 @@ def phase_facts(phase: Phase, floors: dict[str, float]) -> dict[str, Any]:
         "hit_rate": phase.io.hit_rate,
         "overlap": phase.io.overlap,
         "stall_seconds": phase.io.stall_seconds,
+        "hits_ahead": phase.io.hits_ahead,
+        "bytes_ahead": phase.io.bytes_ahead,
+        "bytes_wasted": phase.io.bytes_wasted,
         "floor_seconds": floors,
         "limit": limit,
         "percent_of_limit": 100.0 * floors[limit] / phase.seconds,
@@ -77,7 +85,7 @@ def phase_facts(phase: Phase, floors: dict[str, float]) -> dict[str, Any]:
 def decode_facts(phase: Phase, demand: Demand, disk: float, compute: ComputeRates, exact: bool) -> dict[str, Any]:
     """Decoding, after the warm-up."""
     n = phase.tokens
-    floors = floor_seconds(phase.io.bytes_read, n * demand.touched, n * demand.flops, disk, compute, exact)
+    floors = floor_seconds(_missed(phase), n * demand.touched, n * demand.flops, disk, compute, exact)
     return {
         **phase_facts(phase, floors),
         "median_tok_s": phase.median_rate,
@@ -93,7 +101,7 @@ def prefill_facts(
     chunks = -(-phase.tokens // chunk)
     touched = chunks * demand.dense_bytes + phase.distinct * expert_bytes
     flops = phase.tokens * (demand.flops - demand.head_flops) + demand.head_flops
-    floors = floor_seconds(phase.io.bytes_read, touched, flops, disk, compute, exact)
+    floors = floor_seconds(_missed(phase), touched, flops, disk, compute, exact)
     return {
         **phase_facts(phase, floors),
         "chunks": chunks,
@@ -115,6 +123,11 @@ def phase_lines(name: str, f: dict[str, Any]) -> list[str]:
         f"           read {format_size(per_token)} a token; hit rate {100 * f['hit_rate']:.1f} %, "
         f"{100 * f['overlap']:.0f} % of I/O hidden, waited {f['stall_seconds']:.2f} of {f['seconds']:.2f} s",
     ]
+    if f["bytes_ahead"] or f["bytes_wasted"]:
+        lines.append(
+            f"           {format_size(f['bytes_ahead'] / f['tokens'])} a token read ahead of the router and used, "
+            f"{format_size(f['bytes_wasted'] / f['tokens'])} for nothing (not counted for the ceiling)"
+        )
     if "experts_asked" in f:
         lines.append(
             f"           {f['experts_asked']} experts needed, {f['experts_read']} read, "

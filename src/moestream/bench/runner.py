@@ -25,7 +25,7 @@ from moestream.bench.ceilings import (
 from moestream.bench.demand import token_demand
 from moestream.bench.measure import Meter, Phase
 from moestream.checkpoint.index import open_checkpoint
-from moestream.checkpoint.routing import SyntheticRouter
+from moestream.checkpoint.routing import RECALL, SyntheticRouter
 from moestream.config import RunConfig
 from moestream.engine.load import Progress, Runtime, load_runtime
 from moestream.errors import ConfigError
@@ -105,7 +105,10 @@ def run_bench(
         runtime = load_runtime(folder, run, progress=lambda _what, done, total: progress(loading, done, total))
         try:
             facts |= {"settings": asdict(settings), "run": asdict(run), "plan": asdict(runtime.plan)}
-            _impose(runtime, settings)
+            if settings.routing != "model":
+                facts["predictor_recall"] = RECALL
+                say(f"routing    imposed: {settings.routing}; a simulated predictor foresees {RECALL:.0%} of it")
+                _impose(runtime, settings)
             facts |= _measure(runtime, weights, settings, run, before, compute, probed, say, progress)
         finally:
             runtime.close()
@@ -114,13 +117,11 @@ def run_bench(
 
 
 def _impose(runtime: Runtime, settings: BenchSettings) -> None:
-    """Replace the router's choice where the benchmark asks for it."""
-    if settings.routing != "model":
-        moe, layers = runtime.config.moe, len(runtime.config.layers)
-        uniform = settings.routing == "uniform"
-        runtime.model.router_override = SyntheticRouter(
-            moe.experts, runtime.model.active_experts, layers, uniform=uniform
-        ).ids
+    """Replace the router's choice and what is foreseen of it; the cost of computing both stays."""
+    moe, layers = runtime.config.moe, len(runtime.config.layers)
+    uniform = settings.routing == "uniform"
+    router = SyntheticRouter(moe.experts, runtime.model.active_experts, layers, uniform=uniform)
+    runtime.model.router_override, runtime.model.predict_override = router.ids, router.predict
 
 
 def _measure(

@@ -17,12 +17,22 @@ ZIPF_EXPONENT = 1.265
 LIFETIME = 1000
 """Tokens after which an expert's popularity has changed hands once on average."""
 CHUNK = 64
+RECALL = 0.7
+"""Of a predictor that applies the next layer's router to this layer's residual; 0.59 to 0.89 are published."""
 
 
 class SyntheticRouter:
     """An endless, reproducible trace of expert ids for each layer."""
 
-    def __init__(self, num_experts: int, k: int, layers: int, seed: int = 0, uniform: bool = False) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        k: int,
+        layers: int,
+        seed: int = 0,
+        uniform: bool = False,
+        recall: float = RECALL,
+    ) -> None:
         """Prepare the traces.
 
         Args:
@@ -31,9 +41,11 @@ class SyntheticRouter:
             layers: number of independent traces.
             seed: the same seed gives the same ids.
             uniform: all experts equally popular, the worst case for a cache.
+            recall: share of the ids that ``predict`` foresees, each with the same chance.
         """
         exponent = 0.0 if uniform else ZIPF_EXPONENT
         self._k = k
+        self._recall = recall
         self._layers = [_Layer(num_experts, exponent, [seed, layer]) for layer in range(layers)]
 
     def ids(self, layer: int, rows: int) -> npt.NDArray[np.int32]:
@@ -48,26 +60,49 @@ class SyntheticRouter:
         """
         return self._layers[layer].take(rows, self._k)
 
+    def predict(self, layer: int, rows: int) -> npt.NDArray[np.int32]:
+        """What a predictor would say before ``ids`` is asked the same; ``recall`` of it comes true.
+
+        Wrong ids are drawn like right ones, as a real predictor's are: experts that are popular now.
+
+        Returns:
+            int32 [R, k], distinct within a row.
+        """
+        return self._layers[layer].predict(rows, self._k, self._recall)
+
 
 class _Layer:
     """The trace of one layer, made in chunks because the popularities move between chunks."""
 
     def __init__(self, num_experts: int, exponent: float, seed: list[int]) -> None:
         self._random = np.random.default_rng(seed)
+        self._guesses = np.random.default_rng([*seed, 1])  # of its own: predicting changes no trace
         ranks = self._random.permutation(num_experts) + 1
         self._weight = (ranks**exponent).astype(np.float32)  # [E], 1 / popularity
         self._swaps = round(num_experts * CHUNK / LIFETIME)
         self._ready = np.empty((0, 0), np.int32)
 
     def take(self, rows: int, k: int) -> npt.NDArray[np.int32]:
+        taken = self._peek(rows, k).copy()
+        self._ready = self._ready[rows:]
+        return taken
+
+    def predict(self, rows: int, k: int, recall: float) -> npt.NDArray[np.int32]:
+        true = self._peek(rows, k)
+        waits = self._guesses.standard_exponential((rows, len(self._weight)), dtype=np.float32) * self._weight
+        np.put_along_axis(waits, true, np.inf, axis=1)
+        wrong = np.argpartition(waits, k - 1, axis=1)[:, :k]
+        return np.where(self._guesses.random(true.shape) < recall, true, wrong).astype(np.int32)
+
+    def _peek(self, rows: int, k: int) -> npt.NDArray[np.int32]:
+        """The next tokens, which stay the next ones."""
         parts = [self._ready.reshape(-1, k)]
         have = len(parts[0])
         while have < rows:
             parts.append(self._chunk(k))
             have += CHUNK
-        joined = np.concatenate(parts)
-        self._ready = joined[rows:]
-        return np.ascontiguousarray(joined[:rows])
+        self._ready = np.concatenate(parts)
+        return self._ready[:rows]
 
     def _chunk(self, k: int) -> npt.NDArray[np.int32]:
         """The next tokens: the k smallest of exponential waiting times are k draws without replacement."""

@@ -16,6 +16,7 @@ def chat(
     threads: options.Threads = None,
     cache: options.Cache = None,
     stored_plan: options.StoredPlan = True,
+    prefetch: options.Prefetch = "auto",
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
     context: options.Context = None,
@@ -32,7 +33,7 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
     messages: list[dict[str, Any]] = []
-    with load(model, ram, threads, cache, active_experts, exact, context, prefill_chunk, stored_plan) as llm:
+    with load(model, ram, threads, cache, active_experts, exact, context, prefill_chunk, stored_plan, prefetch) as llm:
         note("/bye or Ctrl-D ends the chat, Ctrl-C ends the reply, /new forgets the conversation.")
         while (text := _ask()) != "/bye":
             if text == "/new":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -54,6 +54,13 @@ StoredPlan = Annotated[
     typer.Option(
         "--stored-plan/--no-stored-plan",
         help="Without --ram and --cache, follow what `moestream plan --measure` found.",
+        rich_help_panel=MODEL,
+    ),
+]
+Prefetch = Annotated[
+    Literal["auto", "off"],
+    typer.Option(
+        help="auto: read experts before their router has chosen them, as long as that is measured to pay.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,6 +28,7 @@ def run(
     threads: options.Threads = None,
     cache: options.Cache = None,
     stored_plan: options.StoredPlan = True,
+    prefetch: options.Prefetch = "auto",
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
     context: options.Context = None,
@@ -62,7 +63,7 @@ def run(
         seed=seed,
     )
     with (
-        load(model, ram, threads, cache, active_experts, exact, context, prefill_chunk, stored_plan) as llm,
+        load(model, ram, threads, cache, active_experts, exact, context, prefill_chunk, stored_plan, prefetch) as llm,
         Interrupt(llm.cancel) as interrupt,
     ):
         if raw or llm.template is None:
@@ -92,6 +93,7 @@ def load(
     context: int | None,
     prefill_chunk: int,
     stored_plan: bool,
+    prefetch: Literal["auto", "off"],
 ) -> LLM:
     """Load a model for one sequence at a time, with a progress bar."""
     from moestream.llm import LLM  # noqa: PLC0415
@@ -109,6 +111,7 @@ def load(
             prefill_chunk=prefill_chunk,
             max_batch=1,
             stored_plan=stored_plan,
+            prefetch=prefetch,
             progress=lambda _what, done, total: bar.update(f"Loading {model}", done, total),
         )
     setup = llm.runtime.setup

@@ -100,6 +100,7 @@ def load_runtime(
         store = make_store(checkpoint, weights, config, plan.slots, run.cache, reader)
         read = _resident_reader(checkpoint, reader, progress)
         model = load_model(checkpoint, config, weights, ops, store, read, run.active_experts)
+        model.read_ahead = None if run.prefetch == "off" else store
     except BaseException:
         reader.close()
         raise
@@ -123,6 +124,7 @@ def load_runtime(
         slot_bytes=plan.slot_nbytes,
         budget=plan.budget,
         threads=threads,
+        prefetch=run.prefetch,
         measured=None if stored is None else stored.day,
     )
     return Runtime(folder, config, plan, model, store, reader, engine, setup)
@@ -186,4 +188,7 @@ def _counters(store: ExpertStore) -> IoCounters:
         misses=stats.misses,
         busy_seconds=stats.busy_seconds,
         stall_seconds=stats.stall_seconds,
+        hits_ahead=stats.hits_ahead,
+        bytes_ahead=stats.bytes_ahead,
+        bytes_wasted=stats.bytes_wasted,
     )

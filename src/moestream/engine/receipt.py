@@ -19,13 +19,19 @@ class IoCounters:
     page_cache_bytes: float = 0.0
     """The part of them that came from the page cache."""
     hits: float = 0.0
-    """Experts that were in memory when a layer asked for them."""
+    """Experts that were kept in memory when a layer asked for them."""
     misses: float = 0.0
     """Experts that had to be read."""
     busy_seconds: float = 0.0
     """Time during which at least one read was under way."""
     stall_seconds: float = 0.0
     """Time during which the computation waited for reads."""
+    hits_ahead: float = 0.0
+    """Experts that had been read before the router chose them; not among the hits."""
+    bytes_ahead: float = 0.0
+    """Of the bytes read, those read ahead of the router that it then chose."""
+    bytes_wasted: float = 0.0
+    """Of the bytes read, those read ahead that nobody asked for."""
 
     def __sub__(self, other: IoCounters) -> IoCounters:
         return IoCounters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -69,6 +75,8 @@ class Setup:
     budget: int
     """Bytes the whole process may take."""
     threads: int
+    prefetch: Literal["auto", "off"] = "auto"
+    """Whether experts may be read before their router has chosen them."""
     measured: str | None = None
     """Day of the stored plan (``moestream plan --measure``) that chose cache and slots; None: flags or defaults did."""
 
@@ -104,14 +112,20 @@ class Receipt:
     """Share of the time in which reads were under way that was hidden behind computation; None without reads."""
     stall_s: float
     """Time the computation waited for reads."""
+    hits_ahead: int
+    """Experts that had been read before the router chose them; not among the hits."""
+    bytes_ahead: int
+    """Of the bytes read, those read ahead of the router that it then chose."""
+    bytes_wasted: int
+    """Of the bytes read, those read ahead that nobody asked for."""
     peak_rss: int
     """Largest resident size of the process so far."""
     setup: Setup
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of experts that were in memory when asked for; None if none was asked for."""
-        asked = self.hits + self.misses
+        """Share of experts that were kept in memory when asked for; None if none was asked for."""
+        asked = self.hits + self.hits_ahead + self.misses
         return self.hits / asked if asked else None
 
     @classmethod
@@ -145,6 +159,9 @@ class Receipt:
             misses=round(io.misses),
             io_overlap=max(0.0, 1.0 - io.stall_seconds / io.busy_seconds) if io.busy_seconds > 0 else None,
             stall_s=io.stall_seconds,
+            hits_ahead=round(io.hits_ahead),
+            bytes_ahead=round(io.bytes_ahead),
+            bytes_wasted=round(io.bytes_wasted),
             peak_rss=peak_rss,
             setup=setup,
         )
@@ -161,6 +178,7 @@ class Receipt:
             f"{self.hits} hits, {self.misses} misses{_percent(' (', self.hit_rate, ' hit rate)')}",
             f"read      {format_size(self.bytes_read)} ({format_size(self.page_cache_bytes)} from the page cache), "
             f"waited {self.stall_s:.2f} s{_percent(', ', self.io_overlap, ' of I/O hidden')}",
+            f"ahead     {_ahead(self)}",
             f"memory    peak {format_size(self.peak_rss)} of {format_size(s.budget)}; cache {s.cache}"
             + (f", {s.slots} slots of {format_size(s.slot_bytes)}" if s.slots else "")
             + (f" (plan measured on {s.measured})" if s.measured else ""),
@@ -173,6 +191,15 @@ class Receipt:
         values = asdict(self)
         setup = values.pop("setup")
         return {**values, "hit_rate": self.hit_rate, **setup, "lossy": list(self.setup.lossy)}
+
+
+def _ahead(receipt: Receipt) -> str:
+    if receipt.setup.prefetch == "off":
+        return "nothing read before the router chose it (prefetch off)"
+    return (
+        f"{receipt.hits_ahead} experts in time, {format_size(receipt.bytes_ahead)} read before the router chose it, "
+        f"{format_size(receipt.bytes_wasted)} for nothing"
+    )
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

@@ -1,31 +1,35 @@
 """Streams the experts a layer needs from disk into slots, hits first.
 
-Shape letters: T rows, k experts per row, n distinct experts, E experts of a layer, P parts, G ranges of one expert.
+Shape letters: T rows, k experts per row, m predicted experts per row.
 """
 
 from __future__ import annotations
 
-import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from moestream.checkpoint.encoding import ExpertLayout, ExpertTable
+from moestream.checkpoint.encoding import ExpertTable
 from moestream.config import CacheMode
-from moestream.errors import ReadError, TensorError
-from moestream.experts.arena import Arena, area_nbytes
-from moestream.experts.policy import LFRU, LRU, NO_SLOT
-from moestream.experts.reader import BLOCK, DEST, FILE, NBYTES, OFFSET, TICKET, Reader, ReadFailure, read_error
-from moestream.ops.base import I32, I64, Wave
+from moestream.experts.arena import Arena
+from moestream.experts.flight import Flight
+from moestream.experts.governor import Governor
+from moestream.experts.layer_plan import LayerPlan
+from moestream.experts.policy import LANDING_SLOTS, LFRU, LRU, NO_SLOT, landing_slots
+from moestream.experts.reader import BLOCK, FILE, Reader
+from moestream.experts.stream import ExpertStream
+from moestream.ops.base import I32
 
-LANDING_SLOTS = 16
-"""Slots kept free for bytes on their way, so that a layer's reads never wait for an eviction to be worth it."""
-SWEEP_WAVE = 8
-"""Experts of a wave while reads still want slots: a longer one would hold landed bytes, and the disk would idle."""
+SWEEP_ROWS = 32
+"""A step of so many rows is a sweep: it uses most experts of a layer."""
+SWEEP_LANDING_SLOTS = 64
+"""Slots kept free during a sweep, whose dense work on many rows takes as long as so many reads."""
+PREDICTIONS = 6
+"""Experts predicted for each row of a decode step: the likeliest are right most often."""
 _POLL_SECONDS = 0.5  # a longer wait would delay Ctrl-C
 
 
@@ -38,22 +42,30 @@ class StoreStats:
     bytes_cached: int = 0
     """Served by the page cache (buffered modes on Linux)."""
     hits: int = 0
-    """Experts found in a slot, once per layer and step."""
+    """Experts that were kept in a slot, once per layer and step."""
+    hits_ahead: int = 0
+    """Experts that were in a slot because they had been read ahead of the router; not among ``hits``."""
     misses: int = 0
+    """Experts that were in no slot, or still on their way."""
     failed: int = 0
     """Experts whose read failed for good."""
     stall_seconds: float = 0.0
     """Time spent waiting for reads with nothing else to do."""
     busy_seconds: float = 0.0
     """Time with at least one read in flight."""
+    bytes_ahead: int = 0
+    """Of the bytes read, experts that were read ahead and then asked for, landed by then or not."""
+    bytes_wasted: int = 0
+    """Of the bytes read, what no layer asked for."""
 
     def __sub__(self, before: StoreStats) -> StoreStats:
         return StoreStats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
     @property
     def hit_rate(self) -> float:
-        """Share of experts that were in a slot."""
-        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
+        """Share of experts that the cache had kept."""
+        asked = self.hits + self.hits_ahead + self.misses
+        return self.hits / asked if asked else 0.0
 
     @property
     def overlap(self) -> float:
@@ -61,38 +73,9 @@ class StoreStats:
         return min(1.0, max(0.0, 1.0 - self.stall_seconds / self.busy_seconds)) if self.busy_seconds else 1.0
 
 
-class _LayerPlan:
-    """One layer's experts as rows of a batch, so that a submit is one fancy index.
-
-    Parts that follow each other on disk for every expert are read as one range.
-    """
-
-    def __init__(self, layer: int, first_key: int, table: ExpertTable) -> None:
-        self.layout: ExpertLayout = table.layout
-        self.num_experts = table.num_experts
-        self.first_key = first_key
-        file, offset, nbytes = (table.ranges[:, :, i] for i in range(3))  # [E, P] each
-        if not np.array_equal(nbytes, np.broadcast_to(np.array(table.layout.part_nbytes), nbytes.shape)):
-            raise TensorError(f"layer {layer}: expert parts on disk do not have the sizes of {table.layout}")
-        joins = (file[:, 1:] == file[:, :-1]) & (offset[:, 1:] == offset[:, :-1] + nbytes[:, :-1])
-        heads = np.flatnonzero(np.concatenate([[True], ~joins.all(axis=0)]))  # [G], first part of each range
-        sizes = np.add.reduceat(nbytes[0], heads)  # [G]
-        areas = np.cumsum([0, *(area_nbytes(int(size)) for size in sizes)])
-        self.slot_nbytes = int(areas[-1])
-
-        dest = areas[:-1] + offset[:, heads] % BLOCK  # [E, G], within a slot
-        self.rows = np.zeros((table.num_experts, len(heads), 5), np.int64)  # [E, G, 5]
-        self.rows[:, :, FILE] = file[:, heads]
-        self.rows[:, :, OFFSET] = offset[:, heads]
-        self.rows[:, :, NBYTES] = sizes
-        self.rows[:, :, DEST] = dest
-        group = np.searchsorted(heads, np.arange(nbytes.shape[1]), side="right") - 1  # [P], range of each part
-        self.part_offsets: I64 = dest[:, group] + offset - offset[:, heads[group]]  # [E, P], within a slot
-
-
 def slot_nbytes(tables: Sequence[ExpertTable | None]) -> int:
     """Bytes of a slot that can hold any expert of any layer."""
-    return max((_LayerPlan(i, 0, t).slot_nbytes for i, t in enumerate(tables) if t is not None), default=BLOCK)
+    return max((LayerPlan(i, 0, t).slot_nbytes for i, t in enumerate(tables) if t is not None), default=BLOCK)
 
 
 class ExpertStore:
@@ -128,22 +111,40 @@ class ExpertStore:
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
         self.mode = mode
-        self.reader = reader
+        self._flight = Flight(reader)
         self.on_route: Callable[[int, I32], None] | None = None
-        self._plans: list[_LayerPlan | None] = []
+        self._plans: list[LayerPlan | None] = []
         layer_of_key: list[int] = []
         for layer, table in enumerate(tables):
-            self._plans.append(None if table is None else _LayerPlan(layer, len(layer_of_key), table))
+            self._plans.append(None if table is None else LayerPlan(layer, len(layer_of_key), table))
             layer_of_key += [layer] * (0 if table is None else table.num_experts)
         self._open(files, direct=mode in ("arena", "none"))
         self.arena = Arena(slots, max((p.slot_nbytes for p in self._plans if p is not None), default=BLOCK))
         reader.attach(self.arena.memory)
         self._layer_of_key = layer_of_key
         self.policy = self._make_policy()
-        self._next_ticket = 0
+        self.governor = Governor()
         self._active: ExpertStream | None = None
-        self._hits = self._misses = self._failed = 0
+        self._wanted: deque[int] = deque()  # predicted keys without a slot, likeliest first
+        self._ahead: set[int] = set()  # predicted keys with a slot, until their layer's turn
+        self._landed: set[int] = set()  # those of them that are there
+        self._layer = len(tables)  # of the latest stream
+        self._step_rows = 0
+        self._step_began = self._step_ended = 0.0
+        self._needed_before = 0  # when the step began
+        self._dry = False  # the last step needed no reads
+        self._hits = self._misses = self._failed = self._hits_ahead = 0
+        self._needed = self._bytes_ahead = 0
         self._stall = 0.0
+
+    @property
+    def reader(self) -> Reader:
+        """Does the reading; a wrapper may be put in its place between two steps."""
+        return self._flight.reader
+
+    @reader.setter
+    def reader(self, reader: Reader) -> None:
+        self._flight.reader = reader
 
     def _open(self, files: Sequence[Path], direct: bool) -> None:
         """Open the files that hold experts and put the reader's ids in the rows."""
@@ -155,13 +156,19 @@ class ExpertStore:
         for plan in plans:
             plan.rows[:, :, FILE] = ids[plan.rows[:, :, FILE]]
         self._files: list[int] = ids[used].tolist()
+        self._nbytes = [nbytes for plan in plans for nbytes in plan.disk_nbytes(self.direct)]  # by key
 
     def _make_policy(self) -> LFRU:
-        slots = self.arena.slots
         if self.mode in ("page", "none"):
-            return LRU(slots, self._layer_of_key, reserve=slots)
-        everything_fits = slots >= len(self._layer_of_key)
-        return LFRU(slots, self._layer_of_key, reserve=0 if everything_fits else min(LANDING_SLOTS, slots // 4))
+            return LRU(self.arena.slots, self._layer_of_key, reserve=self.arena.slots)
+        return LFRU(self.arena.slots, self._layer_of_key, self._reserve(1))
+
+    def _reserve(self, rows: int) -> int:
+        """Slots to keep free in a step of so many rows."""
+        if self.mode in ("page", "none"):
+            return self.arena.slots
+        most = SWEEP_LANDING_SLOTS if rows >= SWEEP_ROWS else LANDING_SLOTS
+        return landing_slots(self.arena.slots, len(self._layer_of_key), most)
 
     def stream(self, layer: int, ids: I32) -> ExpertStream:
         """Submit every read that the layer needs, as far as slots allow; iterate the result for the waves.
@@ -180,181 +187,195 @@ class ExpertStore:
             raise ValueError(f"layer {layer} has no experts")
         if self.on_route is not None:
             self.on_route(layer, ids)
+        self._begin(layer, len(ids))
         self._active = ExpertStream(self, layer, plan, ids)
         return self._active
 
+    def _begin(self, layer: int, rows: int) -> None:
+        """Notice where a step begins, and let the governor judge the last one."""
+        if layer <= self._layer:
+            self._dry = self._needed == self._needed_before
+            if 0 < self._step_rows < SWEEP_ROWS and not self._dry:
+                self.governor.step_ended(self._step_ended - self._step_began)
+            self._step_rows, self._step_began, self._needed_before = rows, time.perf_counter(), self._needed
+            self.policy.reserve = self._reserve(rows)
+        self._layer = layer
+
+    def predictions(self, layer: int, rows: int) -> int:
+        """How many experts ``prefetch`` wants to be told for each of so many rows; 0: reading ahead would not pay.
+
+        All that the layer will choose in a sweep, where the disk idles during the dense work and the union of the
+        guesses is nearly always right. A few in decode, if the governor found that it pays.
+        """
+        plan = self._plans[layer]
+        if plan is None or self._dry:
+            return 0
+        if rows >= SWEEP_ROWS:
+            return plan.num_experts
+        return PREDICTIONS if self.governor.on else 0
+
+    def prefetch(self, layer: int, ids: I32) -> None:
+        """Read experts that a layer will probably choose, when nothing that is waited for wants disk or slots.
+
+        Only slots that hold nothing are used, so it costs nobody a place. When the layer's turn comes, what has landed
+        is a hit, what is being read goes first, and the rest is dropped.
+
+        Args:
+            layer: Whose turn is next.
+            ids: Predicted experts [T, m], the likeliest of each row first.
+        """
+        plan = self._plans[layer]
+        if plan is None or not ids.size:
+            return
+        order = ids[0]
+        if len(ids) > 1:
+            weights = np.broadcast_to(np.arange(ids.shape[1], 0, -1), ids.shape)  # [T, m], by rank
+            score = np.bincount(ids.reshape(-1), weights.reshape(-1))
+            order = (-score).argsort(kind="stable")[: np.count_nonzero(score)]
+        slot_of = self.policy.slot_of
+        keys = (order + plan.first_key).tolist()
+        self._wanted = deque(key for key in keys if slot_of[key] == NO_SLOT)
+        self.read_ahead()
+
     @property
     def direct(self) -> bool:
-        """Whether every file is read past the page cache; False in modes ``page`` and ``hybrid`` or where it refuses."""
+        """Whether every file is read past the page cache; not in modes ``page`` and ``hybrid``, or where it refuses."""
         return all(self.reader.is_direct(file) for file in self._files)
 
     def reset(self) -> None:
         """Forget what is in the slots, after an exception (Ctrl-C) may have left a stream anywhere in the middle."""
         if self._active is not None:
-            self._active._abandoned = True
+            self._active.abandon()
             self._active = None
+        self.reader.cancel_prefetch()
         while self.reader.outstanding():
             self.reader.wait(1, _POLL_SECONDS)
         self.reader.wait(0, 0.0)  # reports nobody waits for any more
+        self._flight.forget()
+        self._wanted.clear()
+        self._ahead.clear()
+        self._landed.clear()
+        self._step_rows = 0
         self.policy = self._make_policy()
 
     def stats(self) -> StoreStats:
         """A snapshot; subtract an earlier one."""
         c = self.reader.counters()
         return StoreStats(
-            c.bytes_disk, c.bytes_cached, self._hits, self._misses, self._failed, self._stall, c.busy_seconds
+            bytes_read=c.bytes_disk,
+            bytes_cached=c.bytes_cached,
+            hits=self._hits,
+            misses=self._misses,
+            failed=self._failed,
+            stall_seconds=self._stall,
+            busy_seconds=c.busy_seconds,
+            hits_ahead=self._hits_ahead,
+            bytes_ahead=self._bytes_ahead,
+            bytes_wasted=max(0, c.bytes_disk + c.bytes_cached - self._needed),
         )
 
     def close(self) -> None:
-        """End the active stream and give the memory back."""
+        """End the active stream, drop what is read ahead and give the memory back."""
         if self._active is not None:
             self._active.close()
+        self.claim([])
+        while len(self._flight) and self.reader.outstanding():
+            self.wait()
         self.reader.detach(self.arena.memory)
 
+    # What follows is for ExpertStream.
 
-class ExpertStream:
-    """Iterates over the waves of one layer. Experts are numbered 0..n-1 in increasing order of their id.
+    def claim(self, keys: Sequence[int]) -> set[int]:
+        """A layer's turn has come: of what was read ahead, keep what it asks for.
 
-    Attributes:
-        failures: Pairs that have no result, with the reason; complete when the iteration has ended.
-    """
-
-    def __init__(self, store: ExpertStore, layer: int, plan: _LayerPlan, ids: I32) -> None:
-        self.failures: list[tuple[I32, ReadError]] = []
-        self._store = store
-        self._policy = store.policy
-        self._layer = layer
-        self._plan = plan
-        flat = ids.reshape(-1)
-        self._pairs = flat.argsort(kind="stable").astype(np.int32)  # [T * k], grouped by expert
-        grouped = flat[self._pairs]
-        if grouped.size and not 0 <= grouped[0] <= grouped[-1] < plan.num_experts:
-            raise ValueError(f"layer {layer}: expert ids must lie in 0..{plan.num_experts - 1}")
-        edges = np.flatnonzero(grouped[1:] != grouped[:-1]) + 1
-        bounds = [0, *edges.tolist(), grouped.size] if grouped.size else [0]
-        self._starts = np.array(bounds, np.int32)  # [n + 1]
-        self._experts = grouped[self._starts[:-1]]  # [n]
-        self._keys: list[int] = (self._experts + plan.first_key).tolist()
-        self._policy.record(layer, self._keys, np.diff(self._starts).tolist(), len(ids))
-
-        slot_of = self._policy.slot_of
-        self._ready = [i for i, key in enumerate(self._keys) if slot_of[key] != NO_SLOT]  # to yield next
-        self._pending = deque(i for i, key in enumerate(self._keys) if slot_of[key] == NO_SLOT)  # want a slot
-        self._current: list[int] = []  # in the wave being used
-        self._abandoned = False
-        self._in_flight: dict[int, int] = {}  # ticket: expert
-        self._retried: set[int] = set()
-        for i in self._ready:
-            self._policy.pin(self._keys[i])
-        store._hits += len(self._ready)
-        store._misses += len(self._pending)
-        self._submit_pending()
-
-    def __iter__(self) -> Iterator[Wave]:
-        return self
-
-    def __next__(self) -> Wave:
-        """The next wave; the last one's memory may be overwritten from now on.
-
-        Waits until at least one expert has landed. An expert whose read fails (after one retry of EIO) is left out and
-        named in ``failures``.
-
-        Raises:
-            RuntimeError: the stream was closed, or another one started, before it had ended.
+        Returns:
+            Those of ``keys`` that have landed, still pinned. Those on their way are demand reads from now on.
         """
-        if self._abandoned:
-            raise RuntimeError(f"the expert stream of layer {self._layer} was closed before its end")
-        self._release_current()
-        self._submit_pending()
-        if self._pending and self._in_flight:
-            self._wait(0.0)
-        while not self._ready:
-            if not self._in_flight:
-                if not self._pending:
-                    self._finish()
-                    raise StopIteration
-                self._submit_pending(force=True)
-                if not self._in_flight:
-                    raise RuntimeError("every slot is in use by a stream that never ended: the store must be reset")
-            self._wait()
-        # While reads want slots, what landed last goes first: hits can wait in theirs.
-        cut = max(0, len(self._ready) - SWEEP_WAVE) if self._pending else 0
-        self._current, self._ready = sorted(self._ready[cut:]), self._ready[:cut]
-        return self._wave(self._current)
+        self._wanted.clear()
+        if not len(self._flight) and not self._landed:
+            return set()
+        wanted = self._ahead.intersection(keys)
+        self._flight.cancel(self._ahead - wanted)
+        self.wait(0.0)
+        used, wrong = self._landed & wanted, self._landed - wanted
+        self._ahead, self._landed = set(), set()
+        self.policy.release(list(wrong))
+        nbytes = sum(self._nbytes[key] for key in used)
+        self._needed += nbytes
+        self._bytes_ahead += nbytes + sum(self._nbytes[key] for key in self._flight.promote(keys))
+        self._hits_ahead += len(used)
+        return used
 
-    def close(self) -> None:
-        """End early: reads in flight are waited for, so that no slot is reused while bytes still land in it."""
-        self._abandoned |= self._store._active is self
-        self._pending.clear()
-        while self._in_flight:
-            if not self._wait() and not self._store.reader.outstanding():
-                break  # an interrupt lost the report: nothing is being read any more
-        for i in self._in_flight.values():
-            self._policy.discard(self._keys[i])
-        self._in_flight.clear()
-        self._current += self._ready
-        self._ready = []
-        self._release_current()
-        self._finish()
+    def read_ahead(self) -> bool:
+        """Read predicted experts into slots that hold nothing; True if more of them would be welcome."""
+        if not self._wanted or (self._active is not None and self._active.wants_slots):
+            return bool(self._wanted)
+        keys: list[int] = []
+        while self._wanted and self.policy.free():
+            key = self._wanted.popleft()
+            if self.policy.slot_of[key] == NO_SLOT:
+                self.policy.acquire(key)
+                keys.append(key)
+        if keys:
+            self._ahead.update(keys)
+            self._submit(keys, ahead=True)
+        return bool(self._wanted)
 
-    def _finish(self) -> None:
-        if self._store._active is self:
-            self._store._active = None
+    def submit(self, keys: list[int]) -> None:
+        """Read experts of one layer that have slots and are waited for."""
+        self._submit(keys, ahead=False)
 
-    def _release_current(self) -> None:
-        if self._current:
-            self._policy.release([self._keys[i] for i in self._current])
-            self._current = []
+    def _submit(self, keys: list[int], ahead: bool) -> None:
+        slot_of = self.policy.slot_of
+        plan = self._plans[self._layer_of_key[keys[0]]]
+        assert plan is not None  # keys exist only for layers with experts
+        self._flight.submit(keys, plan.ranges(keys, [slot_of[key] for key in keys], self.arena), ahead)
 
-    def _submit_pending(self, force: bool = False) -> None:
-        """Give slots to as many pending experts as the policy allows, and read them as one batch."""
-        chosen: list[int] = []
-        while self._pending:
-            if self._policy.acquire(self._keys[self._pending[0]], force) is None:
-                break
-            chosen.append(self._pending.popleft())
-            force = False
-        if chosen:
-            self._submit(chosen)
-
-    def _submit(self, chosen: list[int]) -> None:
-        store, slot_of = self._store, self._policy.slot_of
-        slots = np.array([slot_of[self._keys[i]] for i in chosen], np.int64)
-        batch = self._plan.rows[self._experts[chosen]]  # [m, G, 5], a copy
-        batch[:, :, DEST] += (slots * store.arena.slot_nbytes + store.arena.address)[:, None]
-        first = store._next_ticket
-        store._next_ticket += len(chosen)
-        batch[:, :, TICKET] = np.arange(first, store._next_ticket)[:, None]
-        store.reader.submit(batch.reshape(-1, 5))
-        self._in_flight.update(zip(range(first, store._next_ticket), chosen, strict=True))
-
-    def _wait(self, timeout: float = _POLL_SECONDS) -> bool:
-        """Wait for a read to finish and sort what came; False if none did."""
+    def wait(self, timeout: float = _POLL_SECONDS) -> bool:
+        """Wait for a read to end and sort what came; False if nothing did."""
         start = time.perf_counter()
-        done, failed = self._store.reader.wait(1, timeout)
-        self._store._stall += time.perf_counter() - start
-        self._ready += (self._in_flight.pop(ticket) for ticket in done)
-        for failure in failed:
-            self._failed(self._in_flight.pop(failure.ticket), failure)
-        return bool(done or failed)
+        landed, failed = self._flight.poll(timeout)
+        self._stall += time.perf_counter() - start
+        for read in landed:
+            if not read.ahead:
+                self._needed += self._nbytes[read.key]
+                self._stream.landed(read.key)
+            elif read.key in self._ahead:
+                self._landed.add(read.key)
+            else:
+                self.policy.release([read.key])  # its layer's turn is over
+        for read, failure in failed:
+            self.policy.discard(read.key)
+            self._ahead.discard(read.key)
+            if not read.ahead:  # else nobody needs it: whoever does will read it again and be told
+                self._failed += 1
+                self._stream.failed(read.key, failure)
+        return bool(landed or failed)
 
-    def _failed(self, i: int, failure: ReadFailure) -> None:
-        if failure.code == errno.EIO and i not in self._retried:
-            self._retried.add(i)
-            self._submit([i])
-            return
-        self._policy.discard(self._keys[i])
-        self._store._failed += 1
-        pairs = self._pairs[self._starts[i] : self._starts[i + 1]]
-        self.failures.append((pairs, read_error(self._store.reader, failure)))
+    @property
+    def _stream(self) -> ExpertStream:
+        assert self._active is not None  # a stream ends when nothing it waits for is being read
+        return self._active
 
-    def _wave(self, chosen: list[int]) -> Wave:
-        experts, starts, pairs = self._experts, self._starts, self._pairs
-        if len(chosen) < len(self._keys):
-            experts = experts[chosen]
-            pairs = np.concatenate([pairs[starts[i] : starts[i + 1]] for i in chosen])
-            starts = np.concatenate([[0], np.cumsum(np.diff(starts)[chosen])], dtype=np.int32)
-        slot_of = self._policy.slot_of
-        slots = np.array([slot_of[self._keys[i]] for i in chosen], np.int64)
-        offsets = self._plan.part_offsets[experts] + (slots * self._store.arena.slot_nbytes)[:, None]  # [n, P]
-        return Wave(self._layer, self._plan.layout, experts, self._store.arena.memory, offsets, starts, pairs)
+    def reading(self, key: int) -> bool:
+        """Whether the bytes of a key are on their way."""
+        return key in self._flight
+
+    def reading_anything(self) -> bool:
+        """Whether a slot may become free by waiting."""
+        return len(self._flight) > 0
+
+    def count(self, hits: int, misses: int) -> None:
+        """A layer's experts were looked up."""
+        self._hits += hits
+        self._misses += misses
+
+    def is_active(self, stream: ExpertStream) -> bool:
+        """Whether it is the latest stream and has not ended."""
+        return self._active is stream
+
+    def ended(self, stream: ExpertStream) -> None:
+        """A stream waits for nothing any more."""
+        if self._active is stream:
+            self._active = None
+            self._step_ended = time.perf_counter()

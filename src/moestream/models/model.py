@@ -47,7 +47,8 @@ class Model:
         observe: called with (layer, residual [T, H]) after each layer; for tests.
         router_override: imposes expert ids; for benchmarks that need a given routing.
         read_ahead: told what the next layer will probably choose; None: nothing is predicted.
-        predict_override: imposes predictions, as ``router_override`` imposes what they predict.
+        predict_override: imposes predictions, as ``router_override`` imposes what they predict; without it an imposed
+            routing is not predicted.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class Model:
         ops = self.ops
         angles = batch.positions[:, None] * self._frequencies  # [T, R / 2], float64: exact at any position
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        look_ahead = None if self.read_ahead is None else self._look_ahead
+        predictable = self.router_override is None or self.predict_override is not None
+        look_ahead = self._look_ahead if self.read_ahead is not None and predictable else None
         step = Step(
             ops, self.experts, self.active_experts, self.router_override, batch, cos, sin, self._scratch, look_ahead
         )

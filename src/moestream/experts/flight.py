@@ -1,0 +1,101 @@
+"""Reads under way. They belong to the store, not to a stream: what is read ahead is nobody's until its layer's turn.
+
+Shape letters: m experts of a batch, G ranges of one expert.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moestream.experts.reader import TICKET, Reader, ReadFailure
+from moestream.ops.base import I64
+
+
+@dataclass(slots=True)
+class Read:
+    """One expert on its way into its slot."""
+
+    key: int
+    ranges: I64  # [G, 5]
+    ahead: bool
+    """Nobody has asked for it yet."""
+    retried: bool = False
+
+
+class Flight:
+    """Submits reads of experts and sorts what comes back. One read per key at a time."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._next_ticket = 0
+        self._reads: dict[int, Read] = {}  # by ticket
+        self._ticket: dict[int, int] = {}  # by key
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._ticket
+
+    def __len__(self) -> int:
+        return len(self._reads)
+
+    def submit(self, keys: list[int], ranges: I64, ahead: bool) -> None:
+        """Read keys as one batch, ranges [m, G, 5]; ``ahead``: after all that is waited for."""
+        self._submit([Read(key, r, ahead) for key, r in zip(keys, ranges, strict=True)])
+
+    def _submit(self, reads: list[Read]) -> None:
+        first = self._next_ticket
+        self._next_ticket += len(reads)
+        batch = np.stack([read.ranges for read in reads])  # [m, G, 5]
+        batch[:, :, TICKET] = np.arange(first, self._next_ticket)[:, None]
+        self.reader.submit(batch.reshape(-1, 5), reads[0].ahead)
+        for ticket, read in enumerate(reads, first):
+            self._reads[ticket] = read
+            self._ticket[read.key] = ticket
+
+    def promote(self, keys: Iterable[int]) -> list[int]:
+        """Somebody waits for these keys now, as far as they are read ahead; returns those that were."""
+        tickets = [self._ticket[key] for key in keys if key in self._ticket]
+        tickets = [ticket for ticket in tickets if self._reads[ticket].ahead]
+        for ticket in tickets:
+            self._reads[ticket].ahead = False
+        if tickets:
+            self.reader.promote(tickets)
+        return [self._reads[ticket].key for ticket in tickets]
+
+    def cancel(self, keys: Iterable[int]) -> None:
+        """Nobody will want these keys: reads ahead that have not begun are dropped and reported as cancelled."""
+        tickets = [self._ticket[key] for key in keys if key in self._ticket]
+        if tickets:
+            self.reader.cancel(tickets)
+
+    def poll(self, timeout: float) -> tuple[list[Read], list[tuple[Read, ReadFailure]]]:
+        """Wait until a read ends; returns what landed and what failed for good.
+
+        A read that met EIO is tried once more. One that was cancelled and is wanted after all is read again.
+        """
+        done, failed = self.reader.wait(1, timeout)
+        landed = [self._end(ticket) for ticket in done]
+        lost = []
+        for failure in failed:
+            read = self._end(failure.ticket)
+            if failure.code == errno.EIO and not read.retried:
+                read.retried = True
+                self._submit([read])
+            elif failure.code == errno.ECANCELED and not read.ahead:
+                self._submit([read])
+            else:
+                lost.append((read, failure))
+        return landed, lost
+
+    def _end(self, ticket: int) -> Read:
+        read = self._reads.pop(ticket)
+        del self._ticket[read.key]
+        return read
+
+    def forget(self) -> None:
+        """Drop all accounts, when nothing is being read any more."""
+        self._reads.clear()
+        self._ticket.clear()

@@ -1,0 +1,169 @@
+"""The experts of one layer of one step, in the order in which their bytes arrive.
+
+Shape letters: T rows, k experts per row, n distinct experts, P parts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moestream.errors import ReadError
+from moestream.experts.layer_plan import LayerPlan
+from moestream.experts.policy import NO_SLOT
+from moestream.experts.reader import ReadFailure, read_error
+from moestream.ops.base import I32, Wave
+
+if TYPE_CHECKING:
+    from moestream.experts.store import ExpertStore
+
+SWEEP_WAVE = 8
+"""Experts of a wave while reads still want slots: a longer one would hold landed bytes, and the disk would idle."""
+
+
+class ExpertStream:
+    """Iterates over the waves of one layer. Experts are numbered 0..n-1 in increasing order of their id.
+
+    Attributes:
+        failures: Pairs that have no result, with the reason; complete when the iteration has ended.
+    """
+
+    def __init__(self, store: ExpertStore, layer: int, plan: LayerPlan, ids: I32) -> None:
+        self.failures: list[tuple[I32, ReadError]] = []
+        self._store = store
+        self._policy = store.policy
+        self._layer = layer
+        self._plan = plan
+        flat = ids.reshape(-1)
+        self._pairs = flat.argsort(kind="stable").astype(np.int32)  # [T * k], grouped by expert
+        grouped = flat[self._pairs]
+        if grouped.size and not 0 <= grouped[0] <= grouped[-1] < plan.num_experts:
+            raise ValueError(f"layer {layer}: expert ids must lie in 0..{plan.num_experts - 1}")
+        edges = np.flatnonzero(grouped[1:] != grouped[:-1]) + 1
+        bounds = [0, *edges.tolist(), grouped.size] if grouped.size else [0]
+        self._starts = np.array(bounds, np.int32)  # [n + 1]
+        self._experts = grouped[self._starts[:-1]]  # [n]
+        self._keys: list[int] = (self._experts + plan.first_key).tolist()
+        self._policy.record(layer, self._keys, np.diff(self._starts).tolist(), len(ids))
+
+        self._abandoned = False
+        self._current: list[int] = []  # in the wave being used
+        self._ready: list[int] = []  # to yield next
+        self._pending: deque[int] = deque()  # want a slot
+        self._awaited: dict[int, int] = {}  # being read, by key
+        held = store.claim(self._keys)
+        slot_of = self._policy.slot_of
+        for i, key in enumerate(self._keys):
+            if slot_of[key] == NO_SLOT:
+                self._pending.append(i)
+            elif store.reading(key):
+                self._awaited[key] = i
+            else:
+                self._ready.append(i)
+                if key not in held:
+                    self._policy.pin(key)
+        store.count(hits=len(self._ready) - len(held), misses=len(self._pending) + len(self._awaited))
+        self._submit_pending()
+
+    @property
+    def wants_slots(self) -> bool:
+        """Whether an expert of this layer still waits for a place to be read to."""
+        return bool(self._pending)
+
+    def __iter__(self) -> Iterator[Wave]:
+        return self
+
+    def __next__(self) -> Wave:
+        """The next wave; the last one's memory may be overwritten from now on.
+
+        Waits until at least one expert has landed. An expert whose read fails (after one retry of EIO) is left out and
+        named in ``failures``.
+
+        Raises:
+            RuntimeError: the stream was closed, or another one started, before it had ended.
+        """
+        if self._abandoned:
+            raise RuntimeError(f"the expert stream of layer {self._layer} was closed before its end")
+        self._release_current()
+        self._submit_pending()
+        crowded = bool(self._pending) or self._store.read_ahead()
+        if crowded and self._awaited:
+            self._store.wait(0.0)
+        while not self._ready:
+            if not self._awaited:
+                if not self._pending:
+                    self._finish()
+                    raise StopIteration
+                self._submit_pending(force=True)
+                if not self._awaited and not self._store.reading_anything():
+                    raise RuntimeError("every slot is in use by a stream that never ended: the store must be reset")
+            self._store.wait()
+        # While reads want slots, what landed last goes first: hits can wait in theirs.
+        cut = max(0, len(self._ready) - SWEEP_WAVE) if crowded else 0
+        self._current, self._ready = sorted(self._ready[cut:]), self._ready[:cut]
+        return self._wave(self._current)
+
+    def close(self) -> None:
+        """End early: reads in flight are waited for, so that no slot is reused while bytes still land in it."""
+        self._abandoned |= self._store.is_active(self)
+        self._pending.clear()
+        while self._awaited:
+            if not self._store.wait() and not self._store.reader.outstanding():
+                break  # an interrupt lost the report: nothing is being read any more
+        for key in self._awaited:
+            self._policy.discard(key)
+        self._awaited.clear()
+        self._current += self._ready
+        self._ready = []
+        self._release_current()
+        self._finish()
+
+    def abandon(self) -> None:
+        """The store has forgotten everything: no wave will come any more."""
+        self._abandoned = True
+
+    def landed(self, key: int) -> None:
+        """The bytes of an awaited key are in its slot."""
+        self._ready.append(self._awaited.pop(key))
+
+    def failed(self, key: int, failure: ReadFailure) -> None:
+        """An awaited key cannot be read; its slot is gone."""
+        i = self._awaited.pop(key)
+        pairs = self._pairs[self._starts[i] : self._starts[i + 1]]
+        self.failures.append((pairs, read_error(self._store.reader, failure)))
+
+    def _finish(self) -> None:
+        self._store.ended(self)
+
+    def _release_current(self) -> None:
+        if self._current:
+            self._policy.release([self._keys[i] for i in self._current])
+            self._current = []
+
+    def _submit_pending(self, force: bool = False) -> None:
+        """Give slots to as many pending experts as the policy allows, and read them as one batch."""
+        keys: list[int] = []
+        while self._pending:
+            i = self._pending[0]
+            if self._policy.acquire(self._keys[i], force) is None:
+                break
+            self._pending.popleft()
+            keys.append(self._keys[i])
+            self._awaited[self._keys[i]] = i
+            force = False
+        if keys:
+            self._store.submit(keys)
+
+    def _wave(self, chosen: list[int]) -> Wave:
+        experts, starts, pairs = self._experts, self._starts, self._pairs
+        if len(chosen) < len(self._keys):
+            experts = experts[chosen]
+            pairs = np.concatenate([pairs[starts[i] : starts[i + 1]] for i in chosen])
+            starts = np.concatenate([[0], np.cumsum(np.diff(starts)[chosen])], dtype=np.int32)
+        slot_of = self._policy.slot_of
+        slots = np.array([slot_of[self._keys[i]] for i in chosen], np.int64)
+        offsets = self._plan.part_offsets[experts] + (slots * self._store.arena.slot_nbytes)[:, None]  # [n, P]
+        return Wave(self._layer, self._plan.layout, experts, self._store.arena.memory, offsets, starts, pairs)
