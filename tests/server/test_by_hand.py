@@ -1,6 +1,6 @@
-"""Two long checks with tools that are not among the test requirements: pip install schemathesis "lm-eval[api]" transformers.
+"""Two long checks with tools that are not among the test requirements.
 
-Run as ``pytest -m slow tests/server``.
+Run as ``pip install schemathesis "lm-eval[api]" transformers && pytest -m slow tests/server``.
 """
 
 import importlib.util
@@ -31,6 +31,7 @@ output_type: multiple_choice
 doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
+target_delimiter: ""
 """
 
 
