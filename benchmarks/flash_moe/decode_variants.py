@@ -1,7 +1,8 @@
 """What single techniques and lossy choices do to decoding, interleaved in one process.
 
 Ablation: computing in order of arrival against waiting for all reads of a layer; LFRU against LRU; reading ahead of the
-router or not, with the next layer's router (recall set by --recall) or with the experts of the last token.
+router or not (``auto``: as shipped, off where it does not pay), forced with guesses of the next layer's router whose
+recall is set by --recall (``early``), or with the experts of the last token (``temporal``).
 Claims: temporal prediction -18 %, early routing -38 %, fewer active experts (2.6x from 10 to 4).
 
 Random weights route at random, so calibrated synthetic routing is imposed. Every variant decodes the same trace; the
@@ -21,11 +22,13 @@ import numpy as np
 
 from moestream import LLM
 from moestream.checkpoint.index import open_checkpoint
-from moestream.checkpoint.routing import SyntheticRouter
+from moestream.checkpoint.routing import RECALL, SyntheticRouter
 from moestream.engine.load import Runtime
-from moestream.experts.policy import LRU
+from moestream.experts.governor import Governor
+from moestream.experts.policy import LRU, landing_slots
 from moestream.experts.reader import make_reader
-from moestream.experts.store import LANDING_SLOTS, ExpertStore, ExpertStream
+from moestream.experts.store import ExpertStore
+from moestream.experts.stream import ExpertStream
 from moestream.models.blocks import ReadAhead
 from moestream.models.registry import parse_config
 from moestream.models.weights import map_weights
@@ -35,32 +38,31 @@ POLL_SECONDS = 5e-5
 
 
 class Routing:
-    """A synthetic trace that can be looked at one token ahead, and guessed at."""
+    """A synthetic trace, and two ways to guess at it."""
 
     def __init__(self, experts: int, k: int, layers: int, recall: float) -> None:
-        self._router = SyntheticRouter(experts, k, layers, seed=1)
-        self._next: dict[int, I32] = {}
+        self._router = SyntheticRouter(experts, k, layers, seed=1, recall=recall)
         self._last: dict[int, I32] = {}
-        self._experts = experts
-        self._recall = recall
-        self._random = np.random.default_rng(0)
+        self.early = self._router.predict
 
     def ids(self, layer: int, rows: int) -> I32:
         """What the router chooses."""
-        ids = self._next.pop(layer, None)
-        self._last[layer] = self._router.ids(layer, rows) if ids is None or len(ids) != rows else ids
+        self._last[layer] = self._router.ids(layer, rows)
         return self._last[layer]
 
-    def early(self, layer: int, rows: int) -> I32:
-        """Guesses, each right with the probability ``recall``."""
-        self._next[layer] = ids = self._router.ids(layer, rows)
-        wrong = self._random.random(ids.shape) >= self._recall
-        return np.where(wrong, self._random.integers(0, self._experts, ids.shape), ids).astype(np.int32)
-
     def temporal(self, layer: int, rows: int) -> I32:
-        """The experts of the last token."""
+        """The experts of the last token; after a step of other rows, any."""
         last = self._last.get(layer)
-        return self._router.ids(layer, rows) if last is None or len(last) != rows else last
+        return self._router.predict(layer, rows) if last is None or len(last) != rows else last
+
+
+class AlwaysAhead:
+    """In the governor's place: reads ahead whether it pays or not."""
+
+    on = True
+
+    def step_ended(self, seconds: float) -> None:
+        """Nothing is learned."""
 
 
 class WaitForAll:
@@ -93,7 +95,7 @@ class LruStore(ExpertStore):
     """The store with plain LRU in place of LFRU, and the same slots for bytes on their way."""
 
     def _make_policy(self) -> LRU:
-        return LRU(self.arena.slots, self._layer_of_key, reserve=min(LANDING_SLOTS, self.arena.slots // 4))
+        return LRU(self.arena.slots, self._layer_of_key, landing_slots(self.arena.slots, len(self._layer_of_key)))
 
 
 def second_store(runtime: Runtime, kind: type[ExpertStore]) -> ExpertStore:
@@ -125,6 +127,7 @@ class Bench:
         source: Any = None,
         store: ExpertStore | None = None,
         ahead: str | None = None,
+        governor: Governor | AlwaysAhead | None = None,
         trace: str = "common",
     ) -> Callable[[], float]:
         """A variant to interleave: tok/s of one segment."""
@@ -143,6 +146,8 @@ class Bench:
             self.model.router_override = routing.ids
             self.model.read_ahead = None if ahead is None else self.ahead
             self.model.predict_override = None if ahead is None else getattr(routing, ahead)
+            if governor is not None:
+                held.governor = governor  # type: ignore[assignment]
             return self._segment(name, held)
 
         return run
@@ -156,7 +161,8 @@ class Bench:
             next(stream)
         took, stats = time.perf_counter() - start, store.stats() - before
         stream.close()
-        self.facts[name].append({"MB_a_token": stats.bytes_read / self.tokens / 1e6, "hit_rate": stats.hit_rate})
+        read, wasted = stats.bytes_read / self.tokens / 1e6, stats.bytes_wasted / self.tokens / 1e6
+        self.facts[name].append({"MB_a_token": read, "wasted_MB": wasted, "hit_rate": stats.hit_rate})
         return self.tokens / took
 
 
@@ -173,12 +179,12 @@ def variants(bench: Bench, names: Sequence[str]) -> dict[str, Callable[[], float
             made[name] = bench.variant(name, source=WaitForAll(bench.store))
         elif name == "lru":
             made[name] = bench.variant(name, store=second_store(bench.llm.runtime, LruStore), trace="lru")
+        elif name == "auto":
+            made[name] = bench.variant(name, ahead="early", governor=Governor())
         elif name in ("early", "temporal"):
-            if bench.ahead is None:
-                raise SystemExit("this build does not read ahead of the router: leave early and temporal out")
-            made[name] = bench.variant(name, ahead=name)
+            made[name] = bench.variant(name, ahead=name, governor=AlwaysAhead())
         else:
-            raise SystemExit(f"no variant {name!r}: base, wait-for-all, lru, early, temporal, experts-K")
+            raise SystemExit(f"no variant {name!r}: base, wait-for-all, lru, auto, early, temporal, experts-K")
     return made
 
 
@@ -187,8 +193,8 @@ def main() -> None:
     parser = common.arguments(__doc__, 4)
     parser.add_argument("model", type=Path, help="folder of `moestream bench --synthetic qwen3.5-397b --layers 8`")
     parser.add_argument("--ram", default="5GB", help="budget (default %(default)s); lru needs its slots a second time")
-    parser.add_argument("--variants", nargs="+", default=["base", "wait-for-all", "lru", "early", "temporal"])
-    parser.add_argument("--recall", type=float, default=0.8, help="of the early guesses (default %(default)s)")
+    parser.add_argument("--variants", nargs="+", default=["base", "wait-for-all", "lru", "auto", "early", "temporal"])
+    parser.add_argument("--recall", type=float, default=RECALL, help="of the early guesses (default %(default)s)")
     parser.add_argument("--settle", type=int, default=150, help="tokens decoded before anything (default %(default)s)")
     parser.add_argument("--warm", type=int, default=12, help="uncounted tokens of a segment (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=40, help="counted tokens of a segment (default %(default)s)")
@@ -214,8 +220,8 @@ def main() -> None:
         mean = {key: float(np.mean([fact[key] for fact in facts])) for key in facts[0]}
         ceiling = disk / 1e6 / max(mean["MB_a_token"], 1e-9)
         print(
-            f"  {name}: {mean['MB_a_token']:.0f} MB a token (disk alone would give {ceiling:.1f} tok/s), "
-            f"hits {100 * mean['hit_rate']:.1f} %"
+            f"  {name}: {mean['MB_a_token']:.0f} MB a token, {mean['wasted_MB']:.0f} for nothing (the disk alone would "
+            f"give {ceiling:.1f} tok/s), hits {100 * mean['hit_rate']:.1f} %"
         )
         ratio = common.paired(results, name, args.variants[0])
         report["variants"][name] = {"tok_s": common.medians(results)[name], "ratio": ratio, **mean}
