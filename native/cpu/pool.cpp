@@ -1,5 +1,6 @@
 #include "cpu/pool.h"
 
+#include <algorithm>
 #include <chrono>
 #include <stdexcept>
 #include <string>
@@ -42,6 +43,12 @@ constexpr uint64_t kTask = uint64_t{1} << 32;
 
 constexpr int kMaxThreads = 1024;  // within the 15 bits of members inside
 
+// Items [begin, end) in one word.
+uint64_t range(int64_t begin, int64_t end) { return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end); }
+int64_t begin_of(uint64_t range) { return static_cast<int64_t>(range >> 32); }
+int64_t end_of(uint64_t range) { return static_cast<int64_t>(range & 0xffffffffU); }
+int64_t length_of(uint64_t range) { return end_of(range) - begin_of(range); }
+
 uint64_t task_of(uint64_t state) { return state / kTask; }
 uint64_t inside(uint64_t state) { return state % kEntered; }
 uint64_t entered(uint64_t state) { return state % kClosed / kEntered; }
@@ -64,6 +71,7 @@ void Pool::resize(int threads) {
     wake_.notify_all();
     for (auto& worker : workers_) worker.join();
     workers_.clear();
+    ranges_ = std::vector<Range>(static_cast<size_t>(threads));
     stop_.store(false);
     size_.store(1);
     for (int member = 1; member < threads; ++member) {
@@ -72,8 +80,54 @@ void Pool::resize(int threads) {
     }
 }
 
+void Pool::run_pieces(Piece body, void* context, int64_t count, int64_t grain) {
+    std::lock_guard caller(callers_);
+    const int64_t members = size();
+    for (int64_t member = 0; member < members; ++member)
+        ranges_[member].left.store(range(count * member / members, count * (member + 1) / members),
+                                   std::memory_order_relaxed);
+    auto loop = [&](int member, int) {
+        std::atomic<uint64_t>& own = ranges_[member].left;
+        do {
+            uint64_t left = own.load(std::memory_order_relaxed);
+            while (begin_of(left) < end_of(left)) {
+                const int64_t begin = begin_of(left), end = std::min(begin + grain, end_of(left));
+                if (!own.compare_exchange_weak(left, range(end, end_of(left)), std::memory_order_relaxed)) continue;
+                body(context, begin, end);
+                left = own.load(std::memory_order_relaxed);
+            }
+        } while (steal(member));
+    };
+    run_on_members(call<decltype(loop)>, &loop, false);
+}
+
+// Fills the member's range with half of the longest one; false when there is nothing left.
+bool Pool::steal(int member) {
+    for (;;) {
+        std::atomic<uint64_t>* victim = nullptr;
+        uint64_t most = 0;
+        for (Range& other : ranges_) {
+            const uint64_t left = other.left.load(std::memory_order_relaxed);
+            if (length_of(left) > length_of(most)) {
+                victim = &other.left;
+                most = left;
+            }
+        }
+        if (victim == nullptr) return false;
+        const int64_t middle = begin_of(most) + length_of(most) / 2;
+        if (victim->compare_exchange_strong(most, range(begin_of(most), middle), std::memory_order_relaxed)) {
+            ranges_[member].left.store(range(middle, end_of(most)), std::memory_order_relaxed);
+            return true;
+        }
+    }
+}
+
 void Pool::run_raw(Raw body, void* context, bool wait_for_all) {
     std::lock_guard caller(callers_);
+    run_on_members(body, context, wait_for_all);
+}
+
+void Pool::run_on_members(Raw body, void* context, bool wait_for_all) {
     if (workers_.empty()) {
         body(context, 0, 1);
         return;

@@ -30,10 +30,10 @@ public:
         run_raw(call<std::remove_reference_t<Body>>, &body, true);
     }
 
-    // Calls body(begin, end) over [0, count) in pieces of at least `grain`, handed out dynamically so that a member
-    // slowed by a neighbour does less. Pieces start large and shrink: a member then walks adjacent items, whose bytes
-    // its prefetches have already asked for. A member that comes after the work is handed out is not waited for: on a
-    // busy machine its core may be someone else's for milliseconds.
+    // Calls body(begin, end) over [0, count) in pieces of `grain`. Every member walks a range of its own from front to
+    // back, so that what it reads next lies where its prefetches have already asked; a member without work takes the
+    // back half of someone else's. A member that comes after the work is handed out is not waited for: on a busy
+    // machine its core may be someone else's for milliseconds.
     template <class Body>
     void parallel_for(int64_t count, int64_t grain, Body&& body) {
         if (count <= 0) return;
@@ -42,34 +42,34 @@ public:
             body(int64_t{0}, count);
             return;
         }
-        std::atomic<int64_t> next{0};
-        auto loop = [&](int, int members) {
-            for (;;) {
-                int64_t begin = next.load(std::memory_order_relaxed);
-                int64_t end;
-                do {
-                    if (begin >= count) return;
-                    const int64_t share = (count - begin) / (2 * members);
-                    end = begin + (share > grain ? share : grain);
-                    if (end > count) end = count;
-                } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-                body(begin, end);
-            }
-        };
-        run_raw(call<decltype(loop)>, &loop, false);
+        run_pieces(call_piece<std::remove_reference_t<Body>>, &body, count, grain);
     }
 
 private:
     using Raw = void (*)(void*, int, int);
+    using Piece = void (*)(void*, int64_t, int64_t);
+    // What is left of a member's range, begin and end in one word: the owner takes from the front, thieves the back.
+    struct alignas(64) Range {
+        std::atomic<uint64_t> left{0};
+    };
+
     template <class Body>
     static void call(void* context, int member, int size) {
         (*static_cast<Body*>(context))(member, size);
     }
+    template <class Body>
+    static void call_piece(void* context, int64_t begin, int64_t end) {
+        (*static_cast<Body*>(context))(begin, end);
+    }
     void run_raw(Raw body, void* context, bool wait_for_all);
+    void run_on_members(Raw body, void* context, bool wait_for_all);  // under callers_
+    void run_pieces(Piece body, void* context, int64_t count, int64_t grain);
+    bool steal(int member);
     void work(int member);
 
     std::mutex callers_;
     std::vector<std::thread> workers_;  // changed only under callers_
+    std::vector<Range> ranges_;         // one for each member; the same
     std::atomic<int> size_{1};
     std::mutex mutex_;
     std::condition_variable wake_;

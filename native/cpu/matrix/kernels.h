@@ -58,6 +58,10 @@ struct Product {
     int64_t out_stride;
     const int32_t* out_rows;  // row of out that t stands for; null: t itself
     bool exact;
+    // Where reading goes on after row `limit` of the matrix: what the same thread multiplies next. Only a hint.
+    int64_t limit;
+    const MatrixView* next;  // may be null
+    int64_t next_row;
 };
 
 // Up to this many activation rows a product reads codes straight from memory; above it, unpacks tiles.

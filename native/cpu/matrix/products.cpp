@@ -9,7 +9,7 @@ namespace moestream {
 namespace {
 
 constexpr int64_t kTileRows = 64;          // matrix rows of a work item with many activation rows
-constexpr int64_t kItemBytes = 64 * 1024;  // bytes of a matrix a work item reads with few activation rows
+constexpr int64_t kItemBytes = 16 * 1024;  // bytes of a matrix a work item reads with few activation rows
 constexpr int64_t kHiddenRows = 128;       // hidden columns of a work item with many activation rows
 constexpr int64_t kHiddenChunk = 128;      // activation rows whose hidden values a thread holds at once
 
@@ -63,7 +63,8 @@ struct Hidden {
 
 // Hidden columns [begin, end) of one block, activation rows [first, first + count).
 void hidden_item(const MatrixKernels& kernels, const Block& block, const Activations& gate_x, const Activations& up_x,
-                 bool exact, int64_t begin, int64_t end, int64_t hidden_row, Hidden& hidden) {
+                 bool exact, int64_t begin, int64_t end, int64_t hidden_row, const MatrixView* next, int64_t next_row,
+                 Hidden& hidden) {
     thread_local Buffer<float> scratch;
     const int64_t width = end - begin;
     const int64_t chunk = std::min<int64_t>(block.count, kHiddenChunk);
@@ -74,11 +75,14 @@ void hidden_item(const MatrixKernels& kernels, const Block& block, const Activat
     for (int64_t c = 0; c < chunks; ++c) {
         const int64_t first = block.count * c / chunks;
         const int count = static_cast<int>(block.count * (c + 1) / chunks - first);
-        Product job{&block.gate, begin, end, &gate_x, block.x_rows + first, count, gate, width, nullptr, exact};
+        Product job{&block.gate, begin, end,       &gate_x, block.x_rows + first, count, gate, width, nullptr,
+                    exact,       end,   &block.up, begin};
         kernels.multiply(job);
         job.matrix = &block.up;
         job.x = &up_x;
         job.out = up;
+        job.next = next;
+        job.next_row = next_row;
         kernels.multiply(job);
         kernels.silu_mul(gate, up, count * width);
         const MatrixLayout& down = block.down.layout;
@@ -112,7 +116,8 @@ void linear(Input& x, const Target* targets, int count) {
             const int64_t begin = (item - starts[i]) * per_item;
             const int64_t end = std::min(begin + per_item, m.rows);
             kernels.multiply(Product{targets[i].matrix, begin, end, inputs[i], nullptr, rows, targets[i].out + begin,
-                                     m.rows, nullptr, x.exact()});
+                                     m.rows, nullptr, x.exact(), m.rows,
+                                     i + 1 < count ? targets[i + 1].matrix : nullptr, 0});
         }
     });
 }
@@ -154,8 +159,10 @@ void gated_blocks(Input& x, const Block* blocks, int count, float* out, int64_t 
             if (block.x_rows == nullptr) block.x_rows = identity;
             const int64_t per_item = hidden_rows(down, block.count);
             const int64_t begin = (item - wide_starts[i]) * per_item;
-            hidden_item(kernels, block, gate_x, up_x, x.exact(), begin, std::min(begin + per_item, gate.rows),
-                        row_starts[i], h);
+            const int64_t end = std::min(begin + per_item, gate.rows);
+            const bool last = end == gate.rows;
+            const MatrixView* next = !last ? &block.gate : i + 1 < count ? &blocks[i + 1].gate : nullptr;
+            hidden_item(kernels, block, gate_x, up_x, x.exact(), begin, end, row_starts[i], next, last ? 0 : end, h);
         }
     });
     pool().parallel_for(item_starts.back(), 1, [&](int64_t begin_item, int64_t end_item) {
@@ -167,7 +174,8 @@ void gated_blocks(Input& x, const Block* blocks, int count, float* out, int64_t 
             const int64_t end = std::min(begin + per_item, down.rows);
             // Hidden rows of a block are consecutive.
             kernels.multiply(Product{&block.down, begin, end, &h.view, identity + row_starts[i], block.count,
-                                     out + begin, out_stride, block.out_rows, x.exact()});
+                                     out + begin, out_stride, block.out_rows, x.exact(), down.rows,
+                                     i + 1 < count ? &blocks[i + 1].down : nullptr, 0});
         }
     });
 }

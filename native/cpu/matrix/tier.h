@@ -175,14 +175,14 @@ void multiply_affine(const Product& job) {
         if (job.exact) return float_product(job, pack_dequantised<Bits>);
         return code_product<Bits>(job);
     }
-    if (job.exact) return vector_product_of<AffineRows<Bits, true>>(job);
-    return vector_product_of<AffineRows<Bits, false>>(job);
+    if (job.exact) return affine_vector_product<Bits, true>(job);
+    return affine_vector_product<Bits, false>(job);
 }
 
 template <Kind K>
 void multiply_floats(const Product& job) {
     if (job.count > kMaxVectorRows) return float_product(job, pack_floats<K>);
-    return vector_product_of<FloatRows<K>>(job);
+    return float_vector_product<K>(job);
 }
 
 void multiply(const Product& job) {

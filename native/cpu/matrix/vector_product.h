@@ -16,6 +16,11 @@ constexpr int float_bytes(Kind kind) { return kind == Kind::f32 ? 4 : 2; }
 
 constexpr int log2_of(int v) { return v <= 1 ? 0 : 1 + log2_of(v / 2); }
 
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
 // One row of activations.
 struct Line {
     const float* values;
@@ -56,71 +61,85 @@ inline VF dot_step(const VB* codes, const Line& x, int64_t position) {
     }
 }
 
-// R matrix rows from `row` on, times T activation rows.
-template <int Bits, bool Exact, int R, int T>
-inline void affine_rows(const MatrixView& w, int64_t row, const Line* x, float (*out)[T]) {
-    using C = Codes<Bits>;
-    constexpr int kChains = T == 1 ? 2 : 1;  // with one activation row, sums in turn so that they need not wait
-    const int group = w.layout.group;
-    const int64_t groups = w.layout.cols / group;
-    const int64_t row_bytes = w.layout.cols * Bits / 8;
-    const int64_t scale_bytes = float_bytes(w.layout.scale_kind);
-    const int shift = log2_of(group / (C::kColumns / kLanes));
-    // Rows follow each other in memory: a whole number of blocks of R rows ahead is what comes next there.
-    const int64_t ahead = (kPrefetchBytes / (R * row_bytes) + 1) * R;
-    VF acc[kChains][R][T];
-    for (auto& chain : acc)
-        for (auto& rows : chain)
-            for (VF& sum : rows) sum = zero_f();
+// What a block of matrix rows asks memory for while it is multiplied: the rows that come after it.
+struct Upcoming {
+    const uint8_t* codes;
+    const uint8_t* scales;
+    const uint8_t* biases;
+};
 
+// What is the same for every row of an affine matrix.
+struct AffineShape {
+    int64_t groups;       // of a row
+    int64_t row_bytes;    // of codes
+    int64_t scale_bytes;  // of a row's scales, and of its biases
+    int64_t ahead;        // rows between a row and the one to ask for, a multiple of kVectorRows
+    int shift;            // lanes of a step to groups
+
+    template <int Bits>
+    static AffineShape of(const MatrixLayout& m) {
+        const int64_t groups = m.cols / m.group, row_bytes = m.cols * Bits / 8;
+        return {groups, row_bytes, groups * float_bytes(m.scale_kind),
+                (kPrefetchBytes / (kVectorRows * row_bytes) + 1) * kVectorRows,
+                log2_of(m.group / (Codes<Bits>::kColumns / kLanes))};
+    }
+};
+
+// R matrix rows from `row` on, times T activation rows. Rows share what is loaded of the activations.
+template <int Bits, bool Exact, int R, int T>
+inline void affine_rows(const MatrixView& w, const AffineShape& shape, int64_t row, Upcoming next, const Line* x,
+                        float (*out)[T]) {
+    using C = Codes<Bits>;
+    constexpr int kLines =
+        (R * C::kBytes + 63) / 64;  // memory is asked for in its own order, whatever order rows are read in
+    const Kind kind = w.layout.scale_kind;
+    const int64_t row_bytes = shape.row_bytes;
+    VF acc[R][T];
+    for (auto& rows : acc)
+        for (VF& sum : rows) sum = zero_f();
+    for (int64_t line = 0; line < R * shape.scale_bytes; line += 64) {
+        prefetch(next.scales + line);
+        prefetch(next.biases + line);
+    }
     const uint8_t* p = w.codes + row * row_bytes;
+    const uint8_t* scales = w.scales + row * shape.scale_bytes;
+    const uint8_t* biases = w.biases + row * shape.scale_bytes;
     int64_t position = 0;
-    for (int64_t g = 0; g < groups; g += kLanes) {
-        const int n = groups - g < kLanes ? static_cast<int>(groups - g) : kLanes;
+    for (int64_t g = 0; g < shape.groups; g += kLanes) {
+        const int n = shape.groups - g < kLanes ? static_cast<int>(shape.groups - g) : kLanes;
         VF factor[R][T];
         for (int r = 0; r < R; ++r) {
-            const int64_t at = ((row + r) * groups + g) * scale_bytes;
-            const VF scale = load_floats(w.scales + at, w.layout.scale_kind, n);
-            const VF bias = load_floats(w.biases + at, w.layout.scale_kind, n);
-            prefetch(w.scales + at + ahead * groups * scale_bytes);
-            prefetch(w.biases + at + ahead * groups * scale_bytes);
+            const int64_t at = r * shape.scale_bytes + g * float_bytes(kind);
+            const VF scale = load_floats(scales + at, kind, n);
+            const VF bias = load_floats(biases + at, kind, n);
             for (int t = 0; t < T; ++t) {
-                acc[0][r][t] = fma_f(bias, load_f(x[t].sums + g), acc[0][r][t]);
+                acc[r][t] = fma_f(bias, load_f(x[t].sums + g), acc[r][t]);
                 factor[r][t] = Exact ? scale : mul_f(scale, load_f(x[t].scales + g));
             }
         }
         Counter counter = first_step();
-        auto step = [&](int chain, auto&& load) {
+        auto step = [&](auto&& load) {
+            for (int line = 0; line < kLines; ++line) prefetch(next.codes + line * 64);
+            next.codes += R * C::kBytes;
             for (int r = 0; r < R; ++r) {
                 VB codes[C::kVectors];
                 C::split(load(p + r * row_bytes), codes);
                 for (int t = 0; t < T; ++t)
-                    acc[chain][r][t] = fma_f(dot_step<Bits, Exact>(codes, x[t], position),
-                                             spread(factor[r][t], counter, shift), acc[chain][r][t]);
+                    acc[r][t] = fma_f(dot_step<Bits, Exact>(codes, x[t], position),
+                                      spread(factor[r][t], counter, shape.shift), acc[r][t]);
             }
             p += C::kBytes;
             position += C::kColumns;
             counter = next_step(counter);
         };
-        auto whole = [&](const uint8_t* from) {
-            prefetch(from + ahead * row_bytes);
-            return C::load(from);
-        };
-        const int64_t columns = static_cast<int64_t>(n) * group;
+        const int64_t columns = static_cast<int64_t>(n) * w.layout.group;
         const int full = static_cast<int>(columns / C::kColumns);
-        int u = 0;
-        for (; u + kChains <= full; u += kChains)
-            for (int chain = 0; chain < kChains; ++chain) step(chain, whole);
-        for (; u < full; ++u) step(0, whole);
+        for (int u = 0; u < full; ++u) step([](const uint8_t* from) { return C::load(from); });
         if (const int64_t rest = columns - static_cast<int64_t>(full) * C::kColumns; rest > 0)
-            step(0, [&](const uint8_t* from) { return C::load_n(from, static_cast<int>(rest * Bits / 8)); });
+            step([&](const uint8_t* from) { return C::load_n(from, static_cast<int>(rest * Bits / 8)); });
     }
     for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) {
-            VF sum = acc[0][r][t];
-            for (int chain = 1; chain < kChains; ++chain) sum = add_f(sum, acc[chain][r][t]);
-            out[r][t] = sum_f(sum);
-        }
+        for (int t = 0; t < T; ++t) out[r][t] = sum_f(acc[r][t]);
 }
 
 template <Kind K, int R, int T>
@@ -161,54 +180,83 @@ inline void float_rows(const MatrixView& w, int64_t row, const Line* x, float (*
         }
 }
 
-// Runs Rows<R>::apply over a product's matrix rows. One activation row is bound by memory, which is read fastest in
-// one stream; with more, several matrix rows share what is done to the activations.
-template <class Rows, int T>
-void vector_product(const Product& job) {
-    constexpr int kTogether = T == 1 ? 1 : kVectorRows;
+// Where a product's activations come from and its results go.
+template <int T>
+struct Ends {
     Line x[T];
     float* out[T];
-    for (int t = 0; t < T; ++t) {
-        x[t] = line_of(*job.x, job.x_rows != nullptr ? job.x_rows[t] : t);
-        out[t] = job.out + (job.out_rows != nullptr ? job.out_rows[t] : t) * job.out_stride - job.begin;
+
+    explicit Ends(const Product& job) {
+        for (int t = 0; t < T; ++t) {
+            x[t] = line_of(*job.x, job.x_rows != nullptr ? job.x_rows[t] : t);
+            out[t] = job.out + (job.out_rows != nullptr ? job.out_rows[t] : t) * job.out_stride - job.begin;
+        }
     }
+};
+
+// Row `row` of the matrix, or of what follows it.
+inline Upcoming upcoming(const Product& job, const AffineShape& shape, int64_t row) {
+    const MatrixView& w = row < job.limit || job.next == nullptr ? *job.matrix : *job.next;
+    if (row >= job.limit) row = job.next == nullptr ? job.begin : row - job.limit + job.next_row;
+    return {w.codes + row * shape.row_bytes, w.scales + row * shape.scale_bytes, w.biases + row * shape.scale_bytes};
+}
+
+template <int Bits, bool Exact, int T>
+void affine_vectors(const Product& job) {
+    const MatrixView& w = *job.matrix;
+    const AffineShape shape = AffineShape::of<Bits>(w.layout);
+    Ends<T> ends(job);
+    float result[kVectorRows][T];
+    auto block = [&](auto rows, int64_t row) {
+        constexpr int R = decltype(rows)::value;
+        affine_rows<Bits, Exact, R, T>(w, shape, row, upcoming(job, shape, row + shape.ahead), ends.x, result);
+        for (int r = 0; r < R; ++r)
+            for (int t = 0; t < T; ++t) ends.out[t][row + r] = result[r][t];
+    };
+    int64_t row = job.begin;
+    for (; row + kVectorRows <= job.end; row += kVectorRows) block(Constant<kVectorRows>{}, row);
+    for (; row < job.end; ++row) block(Constant<1>{}, row);
+}
+
+// One activation row is bound by memory, which is read fastest in one stream; with more, several matrix rows share
+// what is done to the activations.
+template <Kind K, int T>
+void float_vectors(const Product& job) {
+    constexpr int kTogether = T == 1 ? 1 : kVectorRows;
+    Ends<T> ends(job);
     int64_t row = job.begin;
     float result[kTogether][T];
     for (; row + kTogether <= job.end; row += kTogether) {
-        Rows::template apply<kTogether, T>(*job.matrix, row, x, result);
+        float_rows<K, kTogether, T>(*job.matrix, row, ends.x, result);
         for (int r = 0; r < kTogether; ++r)
-            for (int t = 0; t < T; ++t) out[t][row + r] = result[r][t];
+            for (int t = 0; t < T; ++t) ends.out[t][row + r] = result[r][t];
     }
     for (; row < job.end; ++row) {
-        Rows::template apply<1, T>(*job.matrix, row, x, result);
-        for (int t = 0; t < T; ++t) out[t][row] = result[0][t];
+        float_rows<K, 1, T>(*job.matrix, row, ends.x, result);
+        for (int t = 0; t < T; ++t) ends.out[t][row] = result[0][t];
     }
 }
 
 template <int Bits, bool Exact>
-struct AffineRows {
-    template <int R, int T>
-    static void apply(const MatrixView& w, int64_t row, const Line* x, float (*out)[T]) {
-        affine_rows<Bits, Exact, R, T>(w, row, x, out);
-    }
-};
-
-template <Kind K>
-struct FloatRows {
-    template <int R, int T>
-    static void apply(const MatrixView& w, int64_t row, const Line* x, float (*out)[T]) {
-        float_rows<K, R, T>(w, row, x, out);
-    }
-};
-
-template <class Rows>
-void vector_product_of(const Product& job) {
+void affine_vector_product(const Product& job) {
     switch (job.count) {
         case 1:
-            return vector_product<Rows, 1>(job);
+            return affine_vectors<Bits, Exact, 1>(job);
         case 2:
-            return vector_product<Rows, 2>(job);
+            return affine_vectors<Bits, Exact, 2>(job);
         default:
-            return vector_product<Rows, 3>(job);
+            return affine_vectors<Bits, Exact, 3>(job);
+    }
+}
+
+template <Kind K>
+void float_vector_product(const Product& job) {
+    switch (job.count) {
+        case 1:
+            return float_vectors<K, 1>(job);
+        case 2:
+            return float_vectors<K, 2>(job);
+        default:
+            return float_vectors<K, 3>(job);
     }
 }
