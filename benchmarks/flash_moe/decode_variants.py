@@ -161,8 +161,9 @@ class Bench:
             next(stream)
         took, stats = time.perf_counter() - start, store.stats() - before
         stream.close()
-        read, wasted = stats.bytes_read / self.tokens / 1e6, stats.bytes_wasted / self.tokens / 1e6
-        self.facts[name].append({"MB_a_token": read, "wasted_MB": wasted, "hit_rate": stats.hit_rate})
+        fact = {"MB_a_token": stats.bytes_read, "ahead_MB": stats.bytes_ahead, "wasted_MB": stats.bytes_wasted}
+        mean = {key: nbytes / self.tokens / 1e6 for key, nbytes in fact.items()}
+        self.facts[name].append({**mean, "hit_rate": stats.hit_rate})
         return self.tokens / took
 
 
@@ -220,8 +221,9 @@ def main() -> None:
         mean = {key: float(np.mean([fact[key] for fact in facts])) for key in facts[0]}
         ceiling = disk / 1e6 / max(mean["MB_a_token"], 1e-9)
         print(
-            f"  {name}: {mean['MB_a_token']:.0f} MB a token, {mean['wasted_MB']:.0f} for nothing (the disk alone would "
-            f"give {ceiling:.1f} tok/s), hits {100 * mean['hit_rate']:.1f} %"
+            f"  {name}: {mean['MB_a_token']:.0f} MB a token (the disk alone would give {ceiling:.1f} tok/s), of them "
+            f"{mean['ahead_MB']:.0f} ahead and used, {mean['wasted_MB']:.0f} for nothing; the cache hits "
+            f"{100 * mean['hit_rate']:.1f} %"
         )
         ratio = common.paired(results, name, args.variants[0])
         report["variants"][name] = {"tok_s": common.medians(results)[name], "ratio": ratio, **mean}
