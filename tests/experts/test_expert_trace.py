@@ -74,6 +74,12 @@ def test_a_replay_is_what_the_policies_do():
         assert 0 < outcome.reply_hit_rate < 1
 
 
+def test_a_replay_keeps_as_many_slots_free_as_the_store_in_a_sweep():
+    """A quarter of 200 slots stays free while a prompt is read; every sweep wants all 256 experts."""
+    trace = synthetic_trace(experts=256, active=128, layers=1, tokens=1600, prompt_tokens=1600, prefill_chunk=400)
+    assert replay(trace, ["lfru"], [200])[0].misses == 256 + (trace.steps - 1) * (256 - (200 - 50))
+
+
 def test_reply_hits_are_those_of_steps_without_a_prompt():
     """A prompt brings every expert into a cache that holds them all: the reply then only hits."""
     trace = synthetic_trace(experts=8, active=4, layers=2, tokens=300, prompt_tokens=200, prefill_chunk=200)

@@ -21,6 +21,10 @@ from moestream.errors import ConfigError
 NO_SLOT = -1
 LANDING_SLOTS = 16
 """Slots kept free for bytes on their way, so that a layer's reads never wait for an eviction to be worth it."""
+SWEEP_ROWS = 32
+"""A step of so many rows is a sweep: it uses most experts of a layer."""
+SWEEP_LANDING_SLOTS = 64
+"""Slots kept free during a sweep, whose dense work on many rows takes as long as so many reads."""
 POLICIES = ("lru", "lfru")
 _NEW = 2
 _EMPTY = float("inf")
@@ -28,8 +32,9 @@ _NONE = 1e-300  # tokens of a layer that never ran: may divide
 _RESCALE = 2.0**200
 
 
-def landing_slots(slots: int, experts: int, most: int = LANDING_SLOTS) -> int:
-    """How many of the slots to keep free for bytes on their way; none where every expert fits."""
+def landing_slots(slots: int, experts: int, rows: int = 1) -> int:
+    """How many of the slots to keep free for bytes on their way in a step of so many rows; none if all experts fit."""
+    most = SWEEP_LANDING_SLOTS if rows >= SWEEP_ROWS else LANDING_SLOTS
     return 0 if slots >= experts else min(most, slots // 4)
 
 

@@ -19,15 +19,11 @@ from moestream.experts.arena import Arena
 from moestream.experts.flight import Flight
 from moestream.experts.governor import Governor
 from moestream.experts.layer_plan import LayerPlan
-from moestream.experts.policy import LANDING_SLOTS, LFRU, LRU, NO_SLOT, landing_slots
+from moestream.experts.policy import LFRU, LRU, NO_SLOT, SWEEP_ROWS, landing_slots
 from moestream.experts.reader import BLOCK, FILE, Reader
 from moestream.experts.stream import ExpertStream
 from moestream.ops.base import I32
 
-SWEEP_ROWS = 32
-"""A step of so many rows is a sweep: it uses most experts of a layer."""
-SWEEP_LANDING_SLOTS = 64
-"""Slots kept free during a sweep, whose dense work on many rows takes as long as so many reads."""
 PREDICTIONS = 6
 """Experts predicted for each row of a decode step: the likeliest are right most often."""
 _POLL_SECONDS = 0.5  # a longer wait would delay Ctrl-C
@@ -167,8 +163,7 @@ class ExpertStore:
         """Slots to keep free in a step of so many rows."""
         if self.mode in ("page", "none"):
             return self.arena.slots
-        most = SWEEP_LANDING_SLOTS if rows >= SWEEP_ROWS else LANDING_SLOTS
-        return landing_slots(self.arena.slots, len(self._layer_of_key), most)
+        return landing_slots(self.arena.slots, len(self._layer_of_key), rows)
 
     def stream(self, layer: int, ids: I32) -> ExpertStream:
         """Submit every read that the layer needs, as far as slots allow; iterate the result for the waves.

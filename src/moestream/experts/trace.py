@@ -29,7 +29,7 @@ import numpy.typing as npt
 from moestream.checkpoint.routing import SyntheticRouter
 from moestream.checkpoint.safetensors import Header, NewTensor, pread_exact, read_header, write_safetensors
 from moestream.errors import ConfigError, HeaderError, TensorError
-from moestream.experts.policy import Request, belady_hits, make_policy, serve
+from moestream.experts.policy import LFRU, Request, belady_hits, landing_slots, make_policy, serve
 
 FORMAT, VERSION = "moestream-trace", "1"
 MAX_EXPERTS = 1 << 16
@@ -277,8 +277,7 @@ def replay(
             if name == BELADY:
                 hits = np.array(belady_hits(requests, size))
             else:
-                policy = make_policy(name, size, layer_of_key)
-                hits = np.array([serve(policy, request) for request in requests])
+                hits = np.array(_hits(make_policy(name, size, layer_of_key), requests))
             outcomes.append(
                 Outcome(
                     name,
@@ -289,3 +288,13 @@ def replay(
                 )
             )
     return outcomes
+
+
+def _hits(policy: LFRU, requests: Sequence[Request]) -> list[int]:
+    """Hits of each request, with the slots kept free that the store keeps free in a step of so many rows."""
+    free = {rows: landing_slots(policy.capacity, len(policy.slot_of), rows) for rows in {r.rows for r in requests}}
+    hits = []
+    for request in requests:
+        policy.reserve = free[request.rows]
+        hits.append(serve(policy, request))
+    return hits
