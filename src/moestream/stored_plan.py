@@ -54,7 +54,8 @@ class StoredPlan:
             raise ValueError(f"version is {self.version!r}, this moestream writes {VERSION}")
         if self.cache not in ("arena", "hybrid", "page"):
             raise ValueError(f"cache is {self.cache!r}, not arena, hybrid or page")
-        for name, kind in (("slots", int), ("ram", int), ("date", str), ("machine", dict), ("model", str)):
+        kinds = {"slots": int, "ram": int, "date": str, "machine": dict, "model": str, "measured": dict}
+        for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(self, name)!r}")
         if self.slots < 1 or self.ram < 1:

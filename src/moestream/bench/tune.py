@@ -306,6 +306,7 @@ class _Tuner:
         store = make_store(self._checkpoint, self._weights, old.config, candidate.slots, candidate.cache, reader)
         store.on_route = lambda layer, ids: self._routed.append((layer, ids.copy()))
         old.model.experts = store
+        old.model.read_ahead = None if self._run.prefetch == "off" else store
         self.runtime = replace(old, store=store, reader=reader)
 
     def _fill(self, candidate: Candidate, until: float) -> float:
