@@ -97,9 +97,7 @@ def main() -> None:
         settings |= {
             f"exact, {k} of {native} experts": {"exact": True, "active_experts": k} for k in range(native)[:1:-1]
         }
-        print(
-            f"{'setting':25}{'text':9}{'tokens':>7} {'KL mean':>9} {'95 %':>9} {'max':>9} {'top-1':>7} perplexity"
-        )
+        print(f"{'setting':25}{'text':9}{'tokens':>7} {'KL mean':>9} {'95 %':>9} {'max':>9} {'top-1':>7} perplexity")
         for name, changes in settings.items():
             with LLM.load(arguments.model, **load, **changes) as other:
                 found = {kind: summary(compare(exact, other, ids)) for kind, ids in documents.items()}

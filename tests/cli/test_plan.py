@@ -15,7 +15,9 @@ from golden_models import FOLDER
 
 from moestream import system
 from moestream.bench import tune as tuning
-from moestream.bench.outlook import expected_hit_rate
+from moestream.bench.ceilings import ComputeRates, DiskRates
+from moestream.bench.demand import Demand
+from moestream.bench.outlook import expected_hit_rate, outlook, outlook_lines
 from moestream.bench.tune import Candidate, candidates, choose, tune
 from moestream.config import RunConfig
 from moestream.plan import MemoryPlan
@@ -44,19 +46,24 @@ def test_the_plan_is_shown_without_loading(run, model, plans):
     assert facts["stored"] is None
 
 
-@needs_native
-def test_probed_ceilings_bound_decode_and_prefill(run, model, plans):
-    facts = json.loads(run("plan", model, "--ram", "300MB", "--json").stdout)
-    disk, compute = facts["rates"]
-    assert min(disk["large"], compute["memory"], compute["int8"]) > 0
-    assert facts["decode_ceiling_tok_s"] == pytest.approx(
-        1 / max(facts["missed_per_token"] / disk["large"], facts["touched_per_token"] / compute["memory"]), rel=0.5
-    )
+def test_ceilings_are_those_of_the_resource_that_needs_longest():
+    disk, compute = DiskRates(True, 1e9, 2e9), ComputeRates(2, 40e9, 2e12, 1e11)
+    demand = Demand(dense_bytes=10**9, expert_bytes=10**9, flops=4 * 10**9, head_flops=10**9)
+    facts = outlook(PLAN, demand, 0.5, 512, 20 * 10**9, (disk, compute), exact=False)
+    assert facts["missed_per_token"] == 0.5e9
+    assert (facts["decode_limit"], facts["decode_ceiling_tok_s"]) == ("disk", pytest.approx(4))
+    assert facts["read_per_chunk"] == 15e9  # all of the experts that 100 of 400 slots do not hold
+    assert (facts["prefill_limit"], facts["prefill_ceiling_tok_s"]) == ("disk", pytest.approx(512 / 7.5))
+    cached = outlook(PLAN, demand, 1.0, 512, 20 * 10**9, (disk, compute), exact=False)
+    assert (cached["decode_limit"], cached["decode_ceiling_tok_s"]) == ("memory", pytest.approx(20))
+    text = "\n".join(outlook_lines(cached, PLAN, floor=30, largest=200))
+    assert "decode 20.0 tok/s (memory)" in text
+    assert "above it" in text
 
 
 @needs_native
 def test_measuring_stores_a_plan_that_run_follows_until_it_is_forgotten(run, model, plans):
-    measured = run("plan", model, "--measure", "--seconds", 5, "--ram", "300MB", "--context", 200)
+    measured = run("plan", model, "--measure", "--seconds", 2, "--ram", "300MB", "--context", 200)
     assert measured.returncode == 0, measured.stderr
     (file,) = plans.iterdir()
     assert str(file) in measured.stdout
@@ -71,9 +78,8 @@ def test_measuring_stores_a_plan_that_run_follows_until_it_is_forgotten(run, mod
     assert f"Following the plan measured on {stored['date'][:10]}: {stored['cache']}" in followed.stderr
     shown = run("plan", model, "--no-probe", "--context", 200)
     assert "measured  " + stored["date"][:10] in shown.stdout
-    for flag in ("--no-stored-plan", "--ram=300MB", "--cache=none"):
-        ignored = run("run", "hi", "--model", model, "--raw", "--max-tokens", 2, "--context", 200, flag)
-        assert "Following" not in ignored.stderr
+    ignored = run("run", "hi", "--model", model, "--raw", "--max-tokens", 2, "--context", 200, "--no-stored-plan")
+    assert "Following" not in ignored.stderr
     assert "removed" in run("plan", model, "--forget").stdout
     assert list(plans.iterdir()) == []
 

@@ -27,7 +27,7 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Try cache modes and sizes, and store the best for this machine.")
     ] = False,
-    seconds: Annotated[float, typer.Option(min=5, help="How long --measure may try, loading excluded.")] = 120,
+    seconds: Annotated[float, typer.Option(min=2, help="How long --measure may try, loading excluded.")] = 120,
     forget: Annotated[bool, typer.Option("--forget", help="Remove the stored plan of the model.")] = False,
     probe: Annotated[bool, typer.Option(help="Probe disk, memory and arithmetic for the ceilings.")] = True,
     routing: Annotated[
