@@ -109,8 +109,12 @@ NOTE = {
         "name": "note",
         "parameters": {
             "type": "object",
-            "properties": {"text": {"type": "string"}, "title": {"type": "string"}},
-            "required": ["text"],
+            "properties": {
+                "text": {"type": "string"},
+                "kind": {"type": "string", "enum": ["\u00e9\U0001f98a"]},
+                "title": {"type": "string"},
+            },
+            "required": ["text", "kind"],
         },
     },
 }
@@ -118,8 +122,9 @@ NOTE = {
 
 def test_free_text_of_a_parameter_may_hold_anything_but_its_end(grammars, tokenizer):
     constraint = grammars.constraint(Shape(form=Xml(), tools=[NOTE], must_call=True, parallel=False), False)
-    text = "if a < b:\n  </param> {"
-    call = f"<tool_call>\n<function=note>\n<parameter=text>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    text = "if a < b:\n  </param> {\u00e9\U0001f98a"
+    call = f"<tool_call>\n<function=note>\n<parameter=text>\n{text}\n</parameter>\n"
+    call += "<parameter=kind>\n\u00e9\U0001f98a\n</parameter>\n</function>\n</tool_call>"
     for token in tokenizer.encode(call):
         logits = np.zeros(SIZE + 4, np.float32)
         constraint.mask(logits)
@@ -128,7 +133,7 @@ def test_free_text_of_a_parameter_may_hold_anything_but_its_end(grammars, tokeni
     assert constraint.complete
     reader, got = ReplyReader(Xml(), [NOTE]), Gathered()
     got.add([*reader.push(call), *reader.finish()])
-    assert json.loads(got.calls[0].arguments) == {"text": text}
+    assert json.loads(got.calls[0].arguments) == {"text": text, "kind": "\u00e9\U0001f98a"}
 
 
 def test_parallel_calls(grammars, tokenizer):

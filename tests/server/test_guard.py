@@ -5,6 +5,7 @@ import json
 import re
 import socket
 
+import psutil
 import pytest
 
 
@@ -106,6 +107,24 @@ def test_malformed_bodies_are_errors_in_the_shape_of_the_api(server, path, name)
     assert re.fullmatch(r"req_\w+", headers["x-request-id"])
 
 
+HUGE = {
+    "items of a wrong type": b'{"model": "demo", "prompt": [' + b"true," * 2_000_000 + b"true]}",
+    "lists of a wrong type": b'{"model": "demo", "prompt": [' + b"[[]]," * 2_000_000 + b"[[]]]}",
+    "unknown parameters": b"{" + b",".join(b'"a%d":0' % i for i in range(700_000)) + b"}",
+    "a long text": b'{"model": "demo", "prompt": "' + b"a" * 20_000_000 + b'"}',
+    "many tokens": b'{"model": "demo", "prompt": [' + b"1," * 1_000_000 + b"1]}",
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_large_bodies_do_not_fill_the_memory(server, name):
+    before = psutil.Process(server.process.pid).memory_info().rss
+    status, _, body = server.request("POST", "/v1/completions", HUGE[name])
+    assert status == 400
+    assert len(body["error"]["message"]) < 1000
+    assert psutil.Process(server.process.pid).memory_info().rss - before < 1_500_000_000
+
+
 def test_other_content_types_are_refused(server):
     """A page of a stranger can send text/plain without asking first."""
     body = b'{"model": "demo", "messages": [{"role": "user", "content": "x"}]}'
@@ -143,6 +162,23 @@ def test_schemas_that_cannot_be_enforced_are_refused(server, schema):
     assert "schema" in error["message"]
     bad = {"type": "function", "function": {"name": "f", "parameters": schema}}
     assert server.chat(tools=[bad], tool_choice="required")[0] == 400
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "object", "required": 5},
+        {"type": "object", "required": [1]},
+        {"type": "object", "properties": 3},
+        {"type": "object", "properties": {"a": 3}},
+        {"type": "object", "properties": {"a": {"type": "frob"}}},
+    ],
+)
+def test_odd_schemas_of_tools_are_errors_of_the_request(server, parameters):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    status, error = body_of(server.chat(tools=[tool], tool_choice="required"))
+    assert status == 400
+    assert error["message"]
 
 
 @pytest.mark.parametrize("pattern", ["((a|b){1,1000}){1,1000}", "(a*)*b(.*x){20}", "(.{1,300}a){1,300}"])

@@ -74,7 +74,7 @@ class Message(Body):
     """One message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[Block], Field(max_length=4096)]
+    content: str | Annotated[list[Block], Field(max_length=4096, fail_fast=True)]
 
 
 class Tool(Body):
@@ -122,9 +122,9 @@ class CountBody(Body):
     """The body of ``/v1/messages/count_tokens``."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=16384)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=16384, fail_fast=True)]
     system: str | Parts | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Choose | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -133,6 +133,7 @@ async def begin(service: Service, request: ChatRequest) -> Chat:
     """
     model = service.loaded
     use = request.use
+    service.check_room(len(request.params))
     prompt = await service.chat_prompt(request.messages, use.shown, request.variables)
     shape = use.shape(model.form, request.schema)
     constraint = await service.constraint(shape, prompt, request.thought_budget)

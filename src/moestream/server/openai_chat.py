@@ -63,13 +63,13 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Parts | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=1024, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
 
 
 class NamedFunction(Body):
@@ -112,7 +112,7 @@ class ChatBody(Body):
     """The body of ``/v1/chat/completions``."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=16384)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=16384, fail_fast=True)]
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -138,7 +138,7 @@ class ChatBody(Body):
     store: Literal[False] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     user: Label = None
     metadata: Label = None
     safety_identifier: Label = None
@@ -148,8 +148,8 @@ class ChatBody(Body):
 async def chat_completions(service: Service, body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     service.check_model(body.model)
-    chat = await begin(service, _request(service, body))
     reply_id, tokenizer = new_id("chatcmpl-"), service.loaded.tokenizer
+    chat = await begin(service, _request(service, body))
     request.scope["moestream"].watch(chat.generation, reply_id)
     if body.stream:
         events = _stream(chat, reply_id, body, tokenizer)

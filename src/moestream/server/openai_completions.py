@@ -23,7 +23,7 @@ from moestream.text.tokenizer import Tokenizer
 PATH = "/v1/completions"
 MAX_PROMPTS = 128
 TokenId = Annotated[Int, Field(ge=0)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
 
 
 class CompletionBody(Body):
@@ -33,8 +33,8 @@ class CompletionBody(Body):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: bool | None = None
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
@@ -102,8 +102,8 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     choices = [_Choice(ids) for ids in prompts for _ in range(count)]
-    generation = service.open([c.prompt for c in choices], spread(params, count) * len(prompts))
     reply_id, tokenizer = new_id("cmpl-"), service.loaded.tokenizer
+    generation = service.open([c.prompt for c in choices], spread(params, count) * len(prompts))
     request.scope["moestream"].watch(generation, reply_id)
     head = {"id": reply_id, "object": "text_completion", "created": now(), "model": body.model}
     if body.stream:

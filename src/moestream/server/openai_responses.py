@@ -82,8 +82,8 @@ class ReasoningItem(Body):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: Annotated[list[Any], Field(max_length=0)] | None = None
-    content: list[ReasoningText] | None = None
+    summary: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
+    content: Annotated[list[ReasoningText], Field(max_length=4096, fail_fast=True)] | None = None
     status: Label = None
 
 
@@ -137,19 +137,19 @@ class ResponsesBody(Body):
     """The body of ``/v1/responses``."""
 
     model: str
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=16384)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=16384, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: Text | None = None
     reasoning: ReasoningOptions | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=1)] | None = None
     store: Literal[False] | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ def _whole(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_whole)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
-StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP, fail_fast=True)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
 Label = Annotated[Any, Field(description="Accepted as the client's own label; has no effect.")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -41,7 +42,9 @@ class Body(BaseModel):
         if not isinstance(value, dict):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {name: entry for name, entry in value.items() if entry is not None or name in known}
+        unknown = (name for name, entry in value.items() if entry is not None and name not in known)
+        named = {*known, *itertools.islice(unknown, 1)}  # the first is reported, a million would fill the memory
+        return {name: entry for name, entry in value.items() if name in named}
 
 
 class TextPart(Body):
@@ -49,13 +52,13 @@ class TextPart(Body):
 
     type: Literal["text", "input_text", "output_text"]
     text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
     logprobs: Label = None
     cache_control: Label = None
-    citations: Annotated[list[Any], Field(max_length=0)] | None = None
+    citations: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
 
 
-Parts = Annotated[list[TextPart], Field(max_length=4096)]
+Parts = Annotated[list[TextPart], Field(max_length=4096, fail_fast=True)]
 
 
 def joined(content: str | Sequence[TextPart] | None) -> str:
@@ -81,7 +84,7 @@ class Tool(Body):
     function: Function
 
 
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 def as_tool(function: Function) -> dict[str, Any]:
@@ -93,9 +96,12 @@ def as_tool(function: Function) -> dict[str, Any]:
     value = function.model_dump(exclude_none=True, include={"name", "description", "parameters"})
     param = f"tools.{function.name}.parameters"
     check_schema(value.get("parameters", {}), param)
-    properties = parameters_of(value).get("properties", {})
+    schema = parameters_of(value)
+    properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, dict) or not all(isinstance(s, dict | bool) for s in properties.values()):
         raise ApiError(400, f"{param}: properties must be an object of JSON schemas", param=param)
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise ApiError(400, f"{param}: required must be a list of names", param=param)
     return {"type": "function", "function": {"parameters": {"type": "object", "properties": {}}, **value}}
 
 

@@ -84,13 +84,24 @@ class Service:
         self.names = settings.names or (Path(model).name or model,)
         self.created = int(time.time())
         self.draining = False
-        self.worker = Worker(load, self._state_changed)
+        self._load_model = load
+        self._loaded: Loaded | None = None
+        self.worker = Worker(self._load, self._state_changed)
         self.metrics = Metrics(self.worker)
         self.changed = asyncio.Event()
         """Set when the worker is not loading any more."""
-        self._loaded: Loaded | None = None
         self._places = 0
         self._seconds = 1.0  # what a request has taken lately, for Retry-After
+
+    def _load(self) -> LLM:
+        """Runs in the worker's thread."""
+        llm = self._load_model()
+        try:
+            self._loaded = Loaded.of(llm)
+        except BaseException:
+            llm.close()
+            raise
+        return llm
 
     def _state_changed(self) -> None:
         self.changed.set()
@@ -104,10 +115,8 @@ class Service:
         """
         if self.draining or self.worker.state in ("closed", "failed"):
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=10)
-        if self._loaded is None:
-            if self.worker.state == "loading" or self.worker.llm is None:
-                raise ApiError(503, "the model is being loaded", code="loading", retry_after=5)
-            self._loaded = Loaded.of(self.worker.llm)
+        if self._loaded is None or self.worker.state == "loading":
+            raise ApiError(503, "the model is being loaded", code="loading", retry_after=5)
         return self._loaded
 
     def check_model(self, name: str) -> None:
@@ -197,6 +206,25 @@ class Service:
         values = {name: value for name, value in given.items() if value is not None}
         return replace(self.loaded.llm.default_params, **{"max_tokens": None, **values})
 
+    def check_room(self, count: int) -> None:
+        """Refuse what has no place in the queue, before anything is done for it.
+
+        Raises:
+            ApiError: 429, or 400 when ``count`` replies never have.
+        """
+        together = self.loaded.llm.runtime.plan.max_batch
+        capacity = together + self.settings.queue
+        if count > capacity:
+            raise ApiError(400, f"{count} replies are asked for at once, at most {capacity} are possible")
+        if self._places + count > capacity:
+            wait = math.ceil(self._seconds * max(1, self._places) / together)
+            raise ApiError(
+                429,
+                f"{self._places} requests run or wait, and at most {capacity} may; try again later",
+                code="queue_full",
+                retry_after=min(max(1, wait), MAX_RETRY_SECONDS),
+            )
+
     def open(
         self,
         prompts: Sequence[Ids],
@@ -208,17 +236,7 @@ class Service:
         Raises:
             ApiError: 429, the queue is full.
         """
-        capacity = self.loaded.llm.runtime.plan.max_batch + self.settings.queue
-        if len(prompts) > capacity:
-            raise ApiError(400, f"{len(prompts)} replies are asked for at once, at most {capacity} are possible")
-        if self._places + len(prompts) > capacity:
-            wait = math.ceil(self._seconds * max(1, self._places) / self.loaded.llm.runtime.plan.max_batch)
-            raise ApiError(
-                429,
-                f"{self._places} requests run or wait, and at most {capacity} may; try again later",
-                code="queue_full",
-                retry_after=min(max(1, wait), MAX_RETRY_SECONDS),
-            )
+        self.check_room(len(prompts))
         self._places += len(prompts)
         generation = Generation(self)
         for index, (ids, chosen) in enumerate(zip(prompts, params, strict=True)):
