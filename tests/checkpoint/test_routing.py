@@ -62,3 +62,22 @@ def test_trace_does_not_depend_on_how_it_is_asked_for():
     joined = np.concatenate([pieces.ids(1, n) for n in (1, 1, 62, 70, 16)])
     np.testing.assert_array_equal(whole.ids(1, 150), joined)
     assert (whole.ids(0, 150) != joined).any()
+
+
+@pytest.mark.parametrize("recall", [0.59, 0.7, 0.89])
+def test_predictions_come_true_at_the_recall_and_change_no_trace(recall):
+    router = SyntheticRouter(64, 6, 2, seed=3, recall=recall)
+    plain = SyntheticRouter(64, 6, 2, seed=3)
+    right = []
+    for rows in [1] * 300 + [70] * 20:
+        for layer in range(2):
+            guessed = router.predict(layer, rows)
+            true = router.ids(layer, rows)
+            assert np.array_equal(true, plain.ids(layer, rows))
+            assert guessed.dtype == np.int32
+            assert all(len(set(row)) == 6 for row in guessed.tolist())
+            right.append((guessed[:, :, None] == true[:, None, :]).any(axis=2))
+    by_rank = np.concatenate(right).mean(axis=0)
+    assert by_rank.mean() == pytest.approx(recall, abs=0.02)
+    assert by_rank[0] > 0.9
+    assert by_rank[0] > by_rank[-1]

@@ -18,7 +18,8 @@ LIFETIME = 1000
 """Tokens after which an expert's popularity has changed hands once on average."""
 CHUNK = 64
 RECALL = 0.7
-"""Of a predictor that applies the next layer's router to this layer's residual; 0.59 to 0.89 are published."""
+"""Of a predictor that applies the next layer's router to this layer's residual: 0.59 to 0.89 are published, and the
+trained model in this package has 0.83 (0.80 among cache misses)."""
 
 
 class SyntheticRouter:
@@ -41,7 +42,7 @@ class SyntheticRouter:
             layers: number of independent traces.
             seed: the same seed gives the same ids.
             uniform: all experts equally popular, the worst case for a cache.
-            recall: share of the ids that ``predict`` foresees, each with the same chance.
+            recall: share of the ids that ``predict`` foresees, at least 0.5.
         """
         exponent = 0.0 if uniform else ZIPF_EXPONENT
         self._k = k
@@ -63,7 +64,8 @@ class SyntheticRouter:
     def predict(self, layer: int, rows: int) -> npt.NDArray[np.int32]:
         """What a predictor would say before ``ids`` is asked the same; ``recall`` of it comes true.
 
-        Wrong ids are drawn like right ones, as a real predictor's are: experts that are popular now.
+        The surest guesses come first: their chance falls in a line from nearly 1, so that the mean is ``recall``. The
+        trained model's falls likewise, from 0.99 to 0.53 of its six. Wrong ids are experts that are popular now.
 
         Returns:
             int32 [R, k], distinct within a row.
@@ -92,7 +94,8 @@ class _Layer:
         waits = self._guesses.standard_exponential((rows, len(self._weight)), dtype=np.float32) * self._weight
         np.put_along_axis(waits, true, np.inf, axis=1)
         wrong = np.argpartition(waits, k - 1, axis=1)[:, :k]
-        return np.where(self._guesses.random(true.shape) < recall, true, wrong).astype(np.int32)
+        chance = 1.0 - (1.0 - recall) * (2 * np.arange(k) + 1) / k  # [k]
+        return np.where(self._guesses.random(true.shape) < chance, true, wrong).astype(np.int32)
 
     def _peek(self, rows: int, k: int) -> npt.NDArray[np.int32]:
         """The next tokens, which stay the next ones."""
