@@ -267,6 +267,8 @@ def test_where_nothing_is_missed_nothing_is_predicted(disk, reader):  # noqa: F8
     store = make(disk, reader, slots=ALL)
     ids = np.array([[0, 1, 2]], np.int32)
     assert store.predictions(1, 1) == 0  # no experts there
+    list(store.stream(0, ids))
+    assert store.predictions(2, 1) > 0  # the first step
     for _ in range(2):
         for layer in LAYERS:
             list(store.stream(layer, ids))

@@ -189,7 +189,7 @@ class ExpertStore:
     def _begin(self, layer: int, rows: int) -> None:
         """Notice where a step begins, and let the governor judge the last one."""
         if layer <= self._layer:
-            self._dry = self._needed == self._needed_before
+            self._dry = self._step_rows > 0 and self._needed == self._needed_before
             if 0 < self._step_rows < SWEEP_ROWS and not self._dry:
                 self.governor.step_ended(self._step_ended - self._step_began)
             self._step_rows, self._step_began, self._needed_before = rows, time.perf_counter(), self._needed
