@@ -11,6 +11,7 @@ import time
 import pytest
 from server_process import SMALL, HttpServer, Server, running
 
+from moestream import LLM
 from moestream.errors import CheckpointError
 from moestream.server.run import serve
 from moestream.server.settings import ServeSettings
@@ -223,3 +224,25 @@ def test_while_loading_and_when_it_fails():
         go.set()
         thread.join(30)
     assert failures == ["there is nothing to load"]
+
+
+HOSTILE = """{%- if messages[0].content == 'loop' %}
+{%- for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}
+{%- elif messages[0].content == 'memory' %}{{ 'a' * 3000000000 }}
+{%- elif messages[0].content == 'escape' %}{{ messages.__class__.__mro__ }}
+{%- else %}{{ messages[0].content }}{% endif %}"""
+
+
+def test_a_hostile_chat_template_ends_its_requests_alone(tmp_path):
+    with LLM.load("demo", ram="1GB") as llm:
+        demo = llm.runtime.folder
+    for file in demo.iterdir():
+        if file.is_file() and file.name != "chat_template.jinja":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text(HOSTILE)
+    with running(str(tmp_path), "--name", "demo", "--port", "0", *SMALL) as server:
+        for text in ("memory", "escape", "loop"):
+            status, _, body = server.chat(messages=[{"role": "user", "content": text}])
+            assert status == 400
+            assert "chat template" in body["error"]["message"]
+        assert server.chat()[0] == 200
