@@ -64,29 +64,25 @@ class Ahead {
 public:
     // `steps` calls to step() are to come.
     Ahead(const MatrixView& w, int bits, int64_t row, int64_t column, int64_t block, int64_t steps)
-        : row_(w.codes + row * (w.layout.cols * bits / 8) + column * bits / 8),
+        : from_(w.codes + row * (w.layout.cols * bits / 8) + column * bits / 8),
           stride_(w.layout.cols * bits / 8),
           lines_((w.layout.cols - column < block ? w.layout.cols - column : block) * bits / 8 / 64 + 1),
-          left_(kTile * lines_),
-          per_step_((left_ + steps - 1) / steps) {}
+          per_step_((kTile * lines_ + steps - 1) / steps) {}
 
+    // No branch depends on the position: one that did would be mispredicted at every line's end.
     void step() {
-        for (int64_t i = 0; i < per_step_ && left_ > 0; ++i, --left_) {
-            prefetch_far(row_ + line_ * 64);
-            if (++line_ == lines_) {
-                line_ = 0;
-                row_ += stride_;
-            }
+        for (int64_t i = 0; i < per_step_; ++i, ++next_) {
+            const int64_t line = next_ / kTile;
+            prefetch_far(from_ + next_ % kTile * stride_ + (line < lines_ ? line : 0) * 64);
         }
     }
 
 private:
-    const uint8_t* row_;
+    const uint8_t* from_;
     int64_t stride_;
     int64_t lines_;
-    int64_t left_;
     int64_t per_step_;
-    int64_t line_ = 0;
+    int64_t next_ = 0;
 };
 
 // A tile of codes as they are stored, transposed: [word of a row][row][4 bytes].
@@ -175,7 +171,7 @@ void code_block(const CodePanel& panel, int groups, int group, const RowSet& set
             for (int v = 0; v < C::kVectors; ++v, x += 4 * kSet)
                 for (int r = 0; r < R; ++r) {
                     const VB value = broadcast_word(x + 4 * r);
-                    for (int h = 0; h < 2; ++h) sum[r][h] = dot<Bits == 8>(sum[r][h], codes[h][v], value);
+                    for (int h = 0; h < 2; ++h) sum[r][h] = dot < Bits == 8 > (sum[r][h], codes[h][v], value);
                 }
         }
         for (int h = 0; h < 2; ++h) {
