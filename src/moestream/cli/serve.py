@@ -46,64 +46,82 @@ def _key(parameter: Any) -> str:
     return flags[0] if flags else str(parameter.name)
 
 
+Model = Annotated[
+    str,
+    typer.Argument(help="A model folder, or 'demo' for the model in this package.", envvar=f"{PREFIX}_MODEL"),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on; a public one needs a key.", rich_help_panel=SERVER)]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=SERVER)]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Refuse requests without it. Better given as an environment variable: flags are visible to others.",
+        rich_help_panel=SERVER,
+    ),
+]
+Queue = Annotated[
+    int, typer.Option(min=0, help="Requests that may wait; more are answered 429.", rich_help_panel=SERVER)
+]
+Name = Annotated[
+    list[str] | None,
+    typer.Option(help="Name of the model in requests; may be repeated. Default: the folder's.", rich_help_panel=SERVER),
+]
+AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(help="A name this server is reached by, besides localhost and addresses.", rich_help_panel=SERVER),
+]
+AllowedOrigin = Annotated[
+    list[str] | None,
+    typer.Option(help="A web page that may call, e.g. https://chat.example.org.", rich_help_panel=SERVER),
+]
+MaxBody = Annotated[
+    int | None,
+    typer.Option(
+        parser=options.size,
+        metavar="SIZE",
+        help="Largest request.",
+        show_default="32MiB",
+        rich_help_panel=SERVER,
+    ),
+]
+MaxChoices = Annotated[int, typer.Option(min=1, help="Replies one request may ask for (n).", rich_help_panel=SERVER)]
+Ping = Annotated[
+    float, typer.Option(help="Seconds of silence after which a stream gets a sign of life.", rich_help_panel=SERVER)
+]
+Grace = Annotated[
+    float, typer.Option(help="Seconds that requests may go on after Ctrl-C or SIGTERM.", rich_help_panel=SERVER)
+]
+MaxBatch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Requests decoded together. Default: up to 8.", rich_help_panel=options.MODEL),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        callback=read_config,
+        is_eager=True,
+        help="TOML file of flags without their dashes, e.g. max-batch = 4.",
+        rich_help_panel=SERVER,
+    ),
+]
+
+
 def serve(
-    model: Annotated[
-        str,
-        typer.Argument(help="A model folder, or 'demo' for the model in this package.", envvar=f"{PREFIX}_MODEL"),
-    ] = "demo",
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; a public one needs a key.", rich_help_panel=SERVER)
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=SERVER)] = 8080,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY",
-            help="Refuse requests without it. Better given as an environment variable: flags are visible to others.",
-            rich_help_panel=SERVER,
-        ),
-    ] = None,
-    queue: Annotated[
-        int, typer.Option(min=0, help="Requests that may wait; more are answered 429.", rich_help_panel=SERVER)
-    ] = 64,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Name of the model in requests; may be repeated. Default: the folder's.", rich_help_panel=SERVER
-        ),
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(help="A name this server is reached by, besides localhost and addresses.", rich_help_panel=SERVER),
-    ] = None,
-    allowed_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="A web page that may call, e.g. https://chat.example.org.", rich_help_panel=SERVER),
-    ] = None,
-    max_body: Annotated[
-        int | None,
-        typer.Option(
-            parser=options.size,
-            metavar="SIZE",
-            help="Largest request.",
-            show_default="32MiB",
-            rich_help_panel=SERVER,
-        ),
-    ] = None,
-    max_choices: Annotated[
-        int, typer.Option(min=1, help="Replies one request may ask for (n).", rich_help_panel=SERVER)
-    ] = 8,
-    ping: Annotated[
-        float, typer.Option(help="Seconds of silence after which a stream gets a sign of life.", rich_help_panel=SERVER)
-    ] = 10.0,
-    grace: Annotated[
-        float, typer.Option(help="Seconds that requests may go on after Ctrl-C or SIGTERM.", rich_help_panel=SERVER)
-    ] = 20.0,
+    model: Model = "demo",
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    api_key: ApiKey = None,
+    queue: Queue = 64,
+    name: Name = None,
+    allowed_host: AllowedHost = None,
+    allowed_origin: AllowedOrigin = None,
+    max_body: MaxBody = None,
+    max_choices: MaxChoices = 8,
+    ping: Ping = 10.0,
+    grace: Grace = 20.0,
     ram: options.Ram = None,
-    max_batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Requests decoded together. Default: up to 8.", rich_help_panel=options.MODEL),
-    ] = None,
+    max_batch: MaxBatch = None,
     context: options.Context = None,
     threads: options.Threads = None,
     cache: options.Cache = None,
@@ -111,15 +129,7 @@ def serve(
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
     prefill_chunk: options.PrefillChunk = 512,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            callback=read_config,
-            is_eager=True,
-            help="TOML file of flags without their dashes, e.g. max-batch = 4.",
-            rich_help_panel=SERVER,
-        ),
-    ] = None,
+    config: Config = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's and Anthropic's APIs.
 
