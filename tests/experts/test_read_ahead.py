@@ -266,14 +266,14 @@ def test_the_governor_notices_that_things_changed():
 def test_where_nothing_is_missed_nothing_is_predicted(disk, reader):  # noqa: F811
     store = make(disk, reader, slots=ALL)
     ids = np.array([[0, 1, 2]], np.int32)
-    assert store.predictions(1, 1) == 0  # no experts there
+    assert store.predictions(1, 100) == 0  # no experts there
     list(store.stream(0, ids))
-    assert store.predictions(2, 1) > 0  # the first step
+    assert store.predictions(2, 100) > 0  # the first step
     for _ in range(2):
         for layer in LAYERS:
             list(store.stream(layer, ids))
     list(store.stream(0, ids))
-    assert store.predictions(2, 1) == 0
+    assert store.predictions(2, 100) == 0
     list(store.stream(2, np.array([[5]], np.int32)))
     list(store.stream(0, ids))
-    assert store.predictions(2, 1) > 0
+    assert store.predictions(2, 100) > 0
