@@ -46,7 +46,7 @@ def short():
 def test_generated_requests_find_nothing(short):
     """What a schema cannot say (a tool message needs an id) makes valid bodies wrong, so that check is left out."""
     command = ["schemathesis", "run", f"{short.url}/openapi.json", "--phases", "coverage,fuzzing"]
-    command += ["--max-examples", "40", "--exclude-checks", "positive_data_acceptance", "--continue-on-failure"]
+    command += ["--max-examples", "15", "--exclude-checks", "positive_data_acceptance", "--continue-on-failure"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:]
     assert short.request("GET", "/health")[0] == 200

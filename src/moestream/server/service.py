@@ -237,10 +237,11 @@ class Service:
             ApiError: 429, the queue is full.
         """
         self.check_room(len(prompts))
+        wanted = [(ids, chosen, constraint()) for ids, chosen in zip(prompts, params, strict=True)]
         self._places += len(prompts)
         generation = Generation(self)
-        for index, (ids, chosen) in enumerate(zip(prompts, params, strict=True)):
-            generation.add(index, Job(ids, chosen, constraint(), lambda _: None))
+        for ids, chosen, own in wanted:
+            generation.add(ids, chosen, own)
         return generation
 
     def give_place_back(self, started: float) -> None:
@@ -260,9 +261,10 @@ class Generation:
     _open: set[int] = field(default_factory=set)
     _started: float = field(default_factory=time.monotonic)
 
-    def add(self, index: int, job: Job) -> None:
+    def add(self, ids: Ids, params: SamplingParams, constraint: Constraint | None) -> None:
         """Run one more sequence."""
-        job.sink = lambda delta: self._take(index, delta)
+        index = len(self.jobs)
+        job = Job(ids, params, constraint, lambda delta: self._take(index, delta))
         self.jobs.append(job)
         self._open.add(index)
         self.service.worker.submit(job)
@@ -270,6 +272,8 @@ class Generation:
     def _take(self, index: int, delta: Delta | MoestreamError) -> None:
         if index not in self._open:
             return  # cancelled in the meantime
+        if isinstance(delta, MoestreamError):
+            self.service.metrics.replies.labels("error").inc()
         if isinstance(delta, MoestreamError) or delta.finish_reason is not None:
             self._open.discard(index)
             self.service.give_place_back(self._started)
