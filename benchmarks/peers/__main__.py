@@ -59,7 +59,7 @@ CASES = {
         None,
         True,
         ("q4_0", "q4_k"),
-        ((Phase("prefill-512", True, 512, 1, 2), Phase("decode", False, 32, 1, 2)),),
+        ((Phase("prefill-512", True, 512, 1, 2), Phase("decode", False, 96, 1, 2)),),
     ),
     "397b": Case(
         "qwen3.5-397b",
