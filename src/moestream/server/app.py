@@ -21,6 +21,7 @@ from moestream.server.guard import Guard
 from moestream.server.openai_chat import ChatBody, chat_completions
 from moestream.server.openai_completions import CompletionBody, completions
 from moestream.server.openai_responses import ResponsesBody, responses
+from moestream.server.schemas import Body
 from moestream.server.service import Service
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -120,14 +121,18 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
 
 def _add_apis(app: FastAPI, service: Service) -> None:
-    def add(path: str, tag: str, answer: Callable[[Service, Any, Request], Awaitable[Response]], body: type) -> None:
+    def add(
+        path: str, tag: str, answer: Callable[[Service, Any, Request], Awaitable[Response]], body: type[Body]
+    ) -> None:
         async def endpoint(body: Any, request: Request) -> Response:
             return await answer(service, body, request)
 
         endpoint.__annotations__ = {"body": body, "request": Request, "return": Response}
         endpoint.__doc__ = answer.__doc__
         name = answer.__name__
-        app.post(path, tags=[tag], name=name, operation_id=name, responses=ERRORS)(endpoint)
+        streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+        documented = ERRORS | streams if "stream" in body.model_fields else ERRORS
+        app.post(path, tags=[tag], name=name, operation_id=name, responses=documented)(endpoint)
 
     add("/v1/chat/completions", "OpenAI", chat_completions, ChatBody)
     add("/v1/completions", "OpenAI", completions, CompletionBody)

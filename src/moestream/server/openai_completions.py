@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.requests import Request
@@ -40,7 +40,7 @@ class CompletionBody(Body):
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[Int, Field(ge=0)] | None = None
     n: Annotated[Int, Field(ge=1, le=128)] | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[Int, Field(ge=1, le=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Int, Field(ge=0)] | None = None

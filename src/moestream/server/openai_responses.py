@@ -154,7 +154,7 @@ class ResponsesBody(Body):
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=0)] | None = None
     user: Label = None
     metadata: Label = None
     safety_identifier: Label = None
