@@ -181,9 +181,9 @@ class Comparison:
         runs = [
             (variant, phases, ahead)
             for phases in self.jobs
-            for ahead in self.args.read_ahead
             for variant in self.variants()
-            if self.wanted(variant) and (variant.engine != OURS or ahead == self.args.read_ahead[0])
+            for ahead in (["default"] if variant.engine == OURS else self.args.read_ahead)
+            if self.wanted(variant)
         ]
         fastest = set(best(self.records).values())
         tried = {(condition(record), setting(record)) for record in self.records}
@@ -209,7 +209,7 @@ class Comparison:
         ours = variant.engine == OURS
         file = self.checkpoint_file() if ours else self.model(variant.kind)
         machine.drop_caches()
-        kb = None if ahead == "default" or ours else int(ahead)
+        kb = None if ahead == "default" else int(ahead)
         with machine.read_ahead(file, kb) as holds, machine.withhold(self.args.withhold):
             before = machine.ceilings(file, self.threads)
             finished = self._start(variant, phases, file)
