@@ -12,7 +12,8 @@ from test_expert_store import EXPERTS, LAYERS, MODES, check_idle, consume, disk,
 
 from moestream.experts.governor import HOLD, TRIAL, Governor
 from moestream.experts.policy import NO_SLOT
-from moestream.experts.reader import ReadFailure
+from moestream.experts.reader import TICKET, ReadFailure
+from moestream.experts.store import READ_AHEAD
 
 ALL = 3 * EXPERTS
 
@@ -192,6 +193,21 @@ def test_demand_takes_every_slot_before_a_guess_gets_one(disk, reader):  # noqa:
     assert True in order
     store.claim([])
     drain(store)
+    check_idle(store)
+
+
+def test_decode_reads_only_the_surest_of_what_is_missing(disk, reader):  # noqa: F811
+    faulty = FaultyReader(reader)
+    store = make(disk, faulty, slots=ALL)
+    list(store.stream(2, np.array([[4, 6]], np.int32)))
+    submitted = len(faulty.batches)
+    store.prefetch(2, np.array([[6, 5, 4, 3, 2, 1, 0]], np.int32))
+    [batch] = faulty.batches[submitted:]
+    assert len(np.unique(batch[:, TICKET])) == READ_AHEAD
+    settle(store)
+    stream = store.stream(2, np.array([[5, 3, 2]], np.int32))
+    assert next(stream).experts.tolist() == [2, 3, 5]
+    stream.close()
     check_idle(store)
 
 

@@ -24,8 +24,8 @@ from moestream.experts.reader import BLOCK, FILE, Reader
 from moestream.experts.stream import ExpertStream
 from moestream.ops.base import I32
 
-PREDICTIONS = 6
-"""Experts predicted for each row of a decode step: the likeliest are right most often."""
+READ_AHEAD = 3
+"""Missing experts read ahead for each row of a decode step: later guesses are wrong too often for the time there is."""
 _POLL_SECONDS = 0.5  # a longer wait would delay Ctrl-C
 
 
@@ -199,21 +199,20 @@ class ExpertStore:
     def predictions(self, layer: int, rows: int) -> int:
         """How many experts ``prefetch`` wants to be told for each of so many rows; 0: reading ahead would not pay.
 
-        All that the layer will choose in a sweep, where the disk idles during the dense work and the union of the
-        guesses is nearly always right. A few in decode, if the governor found that it pays.
+        In a sweep, where the disk idles during the dense work and the union of the guesses is nearly always right, it
+        always does; in decode if the governor found so.
         """
         plan = self._plans[layer]
         if plan is None or self._dry:
             return 0
-        if rows >= SWEEP_ROWS:
-            return plan.num_experts
-        return PREDICTIONS if self.governor.on else 0
+        return plan.num_experts if rows >= SWEEP_ROWS or self.governor.on else 0
 
     def prefetch(self, layer: int, ids: I32) -> None:
         """Read experts that a layer will probably choose, when nothing that is waited for wants disk or slots.
 
-        Only slots that hold nothing are used, so it costs nobody a place. When the layer's turn comes, what has landed
-        is a hit, what is being read goes first, and the rest is dropped.
+        In decode only the likeliest of those that are missing. Only slots that hold nothing are used, so it costs
+        nobody a place. When the layer's turn comes, what has landed is there, what is being read goes first, and the
+        rest is dropped.
 
         Args:
             layer: Whose turn is next.
@@ -229,7 +228,8 @@ class ExpertStore:
             order = (-score).argsort(kind="stable")[: np.count_nonzero(score)]
         slot_of = self.policy.slot_of
         keys = (order + plan.first_key).tolist()
-        self._wanted = deque(key for key in keys if slot_of[key] == NO_SLOT)
+        missing = [key for key in keys if slot_of[key] == NO_SLOT]
+        self._wanted = deque(missing if len(ids) >= SWEEP_ROWS else missing[: READ_AHEAD * len(ids)])
         self.read_ahead()
 
     @property
