@@ -198,11 +198,11 @@ class Moe:
         if step.router_override is None:
             return step.ops.route(logits, step.active, self.renormalise)
         imposed = step.router_override(layer, len(logits))
-        ranked, ranked_weights = step.ops.route(logits, logits.shape[1], False)
-        probabilities = np.empty_like(logits)
-        np.put_along_axis(probabilities, ranked, ranked_weights, axis=1)
-        weights = np.take_along_axis(probabilities, imposed, axis=1)
-        return imposed, weights / weights.sum(axis=1, keepdims=True) if self.renormalise else weights
+        chosen = logits[np.arange(len(logits))[:, None], imposed]  # [T, k]
+        among = chosen if self.renormalise else logits
+        top = among.max(axis=1, keepdims=True)
+        weights: F32 = np.exp(chosen - top) / np.exp(among - top).sum(axis=1, keepdims=True)
+        return imposed, weights
 
 
 def _joined(rows: list[F32]) -> F32:
