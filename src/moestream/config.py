@@ -41,6 +41,10 @@ class RunConfig:
     """Tokens of state the budget must hold per sequence; None: min(model's limit, 8192)."""
     io_threads: int = 8
     """Reads in flight."""
+    prefix_cache: int | None = 0
+    """Bytes for states of what prompts begin with, part of ``ram``; 0: none, None: a sixteenth of the budget."""
+    prefix_disk: int = 0
+    """Bytes of files that keep such states between runs. They hold prompts and replies, so 0 unless asked for."""
     prefetch: Literal["auto", "off"] = "auto"
     """``auto``: experts are read before their router has chosen them, as long as that is measured to pay."""
     backend: Literal["auto", "cpu", "reference"] = "auto"
@@ -55,6 +59,12 @@ class RunConfig:
                 raise ConfigError(f"{name} must be a whole number, got {value!r}")
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name in ("prefix_cache", "prefix_disk"):
+            value = getattr(self, name)
+            if not isinstance(value, int | None) or isinstance(value, bool) or (value or 0) < 0:
+                raise ConfigError(f"{name} must be bytes and not negative, got {value!r}")
+        if self.prefix_disk and self.prefix_cache == 0:
+            raise ConfigError("prefix_disk keeps what prefix_cache holds: give prefix_cache some memory too")
         for name in ("threads", "io_threads"):
             if (getattr(self, name) or 0) > MAX_THREADS:
                 raise ConfigError(f"{name} must be at most {MAX_THREADS}, got {getattr(self, name)}")

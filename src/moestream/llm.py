@@ -110,6 +110,8 @@ class LLM:
         backend: Literal["auto", "cpu", "reference"] = "auto",
         stored_plan: bool = True,
         prefetch: Literal["auto", "off"] = "auto",
+        prefix_cache: str | int | None = 0,
+        prefix_disk: str | int = 0,
         progress: Progress | None = None,
     ) -> LLM:
         """Load a model folder; nothing large is allocated before the memory plan fits.
@@ -128,6 +130,9 @@ class LLM:
             backend: ``auto`` takes the native one, or the numpy reference with a warning.
             stored_plan: Without ``ram`` and ``cache``, follow what ``moestream plan --measure`` has stored.
             prefetch: ``auto``: read experts before their router has chosen them, as long as that is measured to pay.
+            prefix_cache: Memory, part of ``ram``, for states of what prompts begin with: the next turn of a chat then
+                reads only what is new. 0: none; None: a sixteenth of ``ram``.
+            prefix_disk: Bytes of files that keep them between runs. They hold what prompts and replies say.
             progress: Called with (what, bytes done, bytes in all) while loading.
 
         Raises:
@@ -149,6 +154,8 @@ class LLM:
             backend=backend,
             stored_plan=stored_plan,
             prefetch=prefetch,
+            prefix_cache=None if prefix_cache is None else _size(prefix_cache, "prefix_cache"),
+            prefix_disk=_size(prefix_disk, "prefix_disk"),
         )
         folder = find_model(model)
         template = ChatTemplate.load(folder)
@@ -368,6 +375,10 @@ def _close_all() -> None:
 atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):  # a child has none of the threads it would wait for
     os.register_at_fork(after_in_child=_LOADED.clear)
+
+
+def _size(value: str | int, name: str) -> int:
+    return 0 if value == 0 else parse_size(value, name)
 
 
 def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:

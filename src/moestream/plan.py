@@ -23,6 +23,7 @@ DEFAULT_BATCH = 8
 STATES_SHARE = 8  # an automatic batch leaves the experts seven eighths of what they could have without it
 FLOAT32 = 4
 LIVE_RESIDUALS = 6  # arrays [T, H] alive at once: residual, normed, mixer or shared output, their sums, kernel copies
+PREFIX_SHARE = 16  # part of the budget for prefixes where their memory is not given
 RUNTIME_NBYTES = 48 << 20  # interpreter growth, thread stacks and kernel scratch after the plan is made
 
 
@@ -39,6 +40,8 @@ class MemoryPlan:
     """KV caches and delta-net states of ``max_batch`` sequences of ``context`` tokens each."""
     scratch: int
     """Activations, expert outputs and logits of the largest step."""
+    prefixes: int
+    """States of what prompts begin with."""
     slot_nbytes: int
     """One expert, with the room that unaligned direct reads need."""
     slots: int
@@ -60,7 +63,7 @@ class MemoryPlan:
     @property
     def fixed(self) -> int:
         """Bytes of everything but the slots."""
-        return self.baseline + self.dense + self.states + self.scratch
+        return self.baseline + self.dense + self.states + self.scratch + self.prefixes
 
     @property
     def total(self) -> int:
@@ -100,9 +103,11 @@ def plan_memory(
     resident = {"baseline": rss() + RUNTIME_NBYTES, "dense": _dense_nbytes(weights, ops)}
     sequence = context * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)
 
+    prefixes = budget // PREFIX_SHARE if run.prefix_cache is None else run.prefix_cache
+
     def with_batch(batch: int) -> dict[str, int]:
         scratch = _scratch_nbytes(config, run.prefill_chunk, batch, active)
-        return {**resident, "states": batch * sequence, "scratch": scratch}
+        return {**resident, "states": batch * sequence, "scratch": scratch, "prefixes": prefixes}
 
     batch = run.max_batch or DEFAULT_BATCH
     while run.max_batch is None and batch > 1 and not _leaves_room(budget, with_batch(batch)):
@@ -165,6 +170,7 @@ def _too_small(budget: int, fixed: dict[str, int], slots: int, batch: int, conte
         f"  {format_size(fixed['dense'])} resident weights\n"
         f"  {format_size(fixed['states'])} states of {batch} x {context} tokens (lower --context{several})\n"
         f"  {format_size(fixed['scratch'])} working memory (lower --prefill-chunk{several})\n"
-        f"  {format_size(slots)} expert slots for one token\n"
+        + (f"  {format_size(fixed['prefixes'])} prefixes (lower --prefix-cache)\n" if fixed["prefixes"] else "")
+        + f"  {format_size(slots)} expert slots for one token\n"
         "Raise --ram, or lower what is named above"
     )

@@ -300,6 +300,7 @@ def receipt(sequence, setup=SETUP):
         sequence.usage,
         setup,
         prompt_tokens=len(sequence.prompt),
+        cached_tokens=sequence.cached,
         new_tokens=len(sequence.tokens),
         finish_reason=sequence.finish_reason,
         peak_rss=1 << 30,

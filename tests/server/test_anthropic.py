@@ -10,6 +10,11 @@ HELLO = [{"role": "user", "content": "Hello there"}]
 TOOL = {"name": "get_weather", "description": "Weather", "input_schema": WEATHER["function"]["parameters"]}
 
 
+def read(usage):
+    """Tokens of the prompt, cached or not."""
+    return usage.input_tokens + usage.cache_read_input_tokens
+
+
 def ask(claude, messages=HELLO, *, body=None, **changes):
     given = {"model": "demo", "max_tokens": 40, "messages": messages} | changes
     return claude.messages.create(**given, extra_body={"temperature": 0} | (body or {}))
@@ -61,7 +66,7 @@ def test_a_forced_call_streams_and_its_result_is_taken(claude, choice):
         "is_error": True,
     }
     history = [*HELLO, {"role": "assistant", "content": called.content}, {"role": "user", "content": [result]}]
-    assert ask(claude, history, tools=[TOOL]).usage.input_tokens > called.usage.input_tokens
+    assert read(ask(claude, history, tools=[TOOL]).usage) > read(called.usage)
 
 
 def test_json_of_a_schema(claude):
@@ -76,7 +81,7 @@ def test_tokens_are_counted_as_they_are_used(claude):
     ]
     messages = [{"role": "user", "content": blocks}]
     counted = claude.messages.count_tokens(model="demo", messages=messages, tools=[TOOL])
-    assert counted.input_tokens == ask(claude, messages, tools=[TOOL], max_tokens=1).usage.input_tokens
+    assert counted.input_tokens == read(ask(claude, messages, tools=[TOOL], max_tokens=1).usage)
     assert ask(claude, thinking={"type": "disabled"}, max_tokens=1)  # the demo never thinks
 
 

@@ -21,6 +21,8 @@ def chat(
     exact: options.Exact = False,
     context: options.Context = None,
     prefill_chunk: options.PrefillChunk = 512,
+    prefix_cache: options.PrefixCache = None,
+    prefix_disk: options.PrefixDisk = 0,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
@@ -33,7 +35,8 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
     messages: list[dict[str, Any]] = []
-    with load(model, ram, threads, cache, active_experts, exact, context, prefill_chunk, stored_plan, prefetch) as llm:
+    states = (context, prefill_chunk, stored_plan, prefetch, prefix_cache, prefix_disk)
+    with load(model, ram, threads, cache, active_experts, exact, *states) as llm:
         note("/bye or Ctrl-D ends the chat, Ctrl-C ends the reply, /new forgets the conversation.")
         while (text := _ask()) != "/bye":
             if text == "/new":

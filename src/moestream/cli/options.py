@@ -18,6 +18,11 @@ def size(text: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
+def size_or_none(text: str) -> int:
+    """The value of a flag that takes bytes, where 0 turns something off."""
+    return 0 if str(text).strip() == "0" else size(text)
+
+
 MODEL = "Model"
 SAMPLING = "Sampling"
 
@@ -34,6 +39,26 @@ Ram = Annotated[
         metavar="SIZE",
         help="Memory for the whole process, e.g. 8GB. Default: from free memory and the cgroup limit.",
         rich_help_panel=MODEL,
+    ),
+]
+PrefixCache = Annotated[
+    int | None,
+    typer.Option(
+        parser=size_or_none,
+        metavar="SIZE",
+        help="Memory, part of --ram, for what prompts begin with, so that it is read once. Default: a sixteenth of it.",
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
+]
+PrefixDisk = Annotated[
+    int,
+    typer.Option(
+        parser=size_or_none,
+        metavar="SIZE",
+        help="Disk space for the same between runs. Prompts and replies can be read from these files. Default: none.",
+        rich_help_panel=MODEL,
+        show_default=False,
     ),
 ]
 Threads = Annotated[

@@ -94,6 +94,8 @@ def load(
     prefill_chunk: int,
     stored_plan: bool,
     prefetch: Literal["auto", "off"],
+    prefix_cache: int | None = 0,
+    prefix_disk: int = 0,
 ) -> LLM:
     """Load a model for one sequence at a time, with a progress bar."""
     from moestream.llm import LLM  # noqa: PLC0415
@@ -112,6 +114,8 @@ def load(
             max_batch=1,
             stored_plan=stored_plan,
             prefetch=prefetch,
+            prefix_cache=prefix_cache,
+            prefix_disk=prefix_disk,
             progress=lambda _what, done, total: bar.update(f"Loading {model}", done, total),
         )
     setup = llm.runtime.setup

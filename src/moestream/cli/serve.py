@@ -129,6 +129,8 @@ def serve(
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
     prefill_chunk: options.PrefillChunk = 512,
+    prefix_cache: options.PrefixCache = None,
+    prefix_disk: options.PrefixDisk = 0,
     config: Config = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's and Anthropic's APIs.
@@ -166,6 +168,8 @@ def serve(
                 exact=exact,
                 context=context,
                 prefill_chunk=prefill_chunk,
+                prefix_cache=prefix_cache,
+                prefix_disk=prefix_disk,
                 max_batch=max_batch,
                 progress=lambda _what, done, total: bar.update(f"Loading {model}", done, total),
             )

@@ -178,6 +178,12 @@ class Engine:
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             self.abort(sequence)
 
+    def close(self) -> None:
+        """Cancel what runs; the prefix cache writes down what it may keep."""
+        self.abort_all()
+        if self._prefixes is not None:
+            self._prefixes.close()
+
     def step(self) -> list[TokenEvent]:
         """Run one step over all that is due.
 

@@ -5,16 +5,22 @@ Nothing large is allocated before the plan fits the budget.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import warnings
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import platformdirs
+
 from moestream.checkpoint.encoding import Extent
 from moestream.checkpoint.index import Checkpoint, open_checkpoint
 from moestream.config import CacheMode, RunConfig
 from moestream.engine.engine import Engine
+from moestream.engine.prefix import PrefixCache
+from moestream.engine.prefix_files import FORMAT, PrefixFiles
 from moestream.engine.receipt import IoCounters, Receipt, Setup
 from moestream.engine.sequence import Sequence
 from moestream.errors import BackendError
@@ -29,9 +35,11 @@ from moestream.models.weights import WeightMap, map_weights
 from moestream.ops.base import U8, Ops
 from moestream.ops.reference import ReferenceOps
 from moestream.plan import MemoryPlan, plan_memory
-from moestream.stored_plan import follow
+from moestream.stored_plan import follow, model_fingerprint
 from moestream.system import cpu_count, default_budget, peak_rss
 
+PREFIX_VARIABLE = "MOESTREAM_PREFIXES"
+"""Environment variable: another folder for the files of the prefix cache."""
 Progress = Callable[[str, int, int], None]
 """Called with (what, bytes done, bytes in all)."""
 
@@ -57,12 +65,14 @@ class Runtime:
             self.setup,
             prompt_tokens=len(sequence.prompt),
             new_tokens=len(sequence.tokens),
+            cached_tokens=sequence.cached,
             finish_reason=sequence.finish_reason,
             peak_rss=peak_rss(),
         )
 
     def close(self) -> None:
-        """Give back slots, files and threads."""
+        """Give back slots, files and threads; what the prefix cache may keep goes to its folder."""
+        self.engine.close()
         self.store.reset()  # an interrupted step may have left reads under way
         self.store.close()
         self.reader.close()
@@ -111,6 +121,7 @@ def load_runtime(
         eos_ids=eos_ids | set(config.eos_ids),
         max_batch=plan.max_batch,
         prefill_chunk=run.prefill_chunk,
+        prefixes=_prefix_cache(folder, run, plan, model, eos_ids | set(config.eos_ids)),
         counters=lambda: _counters(store),
         recover=store.reset,
     )
@@ -140,6 +151,22 @@ def make_store(
     """
     tables = [weights.experts.get(layer) for layer in range(len(config.layers))]
     return ExpertStore(tables, checkpoint.files, max(1, slots), cache, reader)
+
+
+def _prefix_cache(
+    folder: Path, run: RunConfig, plan: MemoryPlan, model: Model, message_ends: abc.Set[int]
+) -> PrefixCache | None:
+    """What keeps the states of prefixes, and where; None if the plan has no memory for it."""
+    if not plan.prefixes:
+        return None
+    files = None
+    if run.prefix_disk:
+        what = f"{FORMAT} {model_fingerprint(folder)} {model.ops.name} {model.ops.exact} {model.active_experts}"
+        key = hashlib.sha256(what.encode()).hexdigest()[:24]
+        root = os.environ.get(PREFIX_VARIABLE)
+        prefixes = Path(root) if root else platformdirs.user_cache_path("moestream") / "prefixes"
+        files = PrefixFiles(prefixes / key, run.prefix_disk, model.new_states())
+    return PrefixCache(plan.prefixes, model.config.delta_net is not None, message_ends, files)
 
 
 def choose_ops(run: RunConfig, threads: int) -> Ops:

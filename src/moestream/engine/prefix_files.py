@@ -23,6 +23,8 @@ from moestream.models.snapshots import PAGE, Snapshot
 from moestream.models.states import SequenceStates
 from moestream.ops.base import I32, DeltaState, KVCache
 
+FORMAT = 1
+"""Changes when states change their meaning without changing their shape."""
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 

@@ -97,11 +97,14 @@ class Receipt:
     """
 
     prompt_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt whose states the prefix cache had."""
     new_tokens: int
     finish_reason: FinishReason
     ttft_s: float | None
     """From handing the request in (waiting for others included) to its first token; None if there was none."""
     prefill_tok_s: float | None
+    """Of the tokens that were not cached."""
     decode_tok_s: float | None
     """After the first token; None with fewer than two tokens."""
     bytes_read: int
@@ -135,6 +138,7 @@ class Receipt:
         setup: Setup,
         *,
         prompt_tokens: int,
+        cached_tokens: int,
         new_tokens: int,
         finish_reason: FinishReason,
         peak_rss: int,
@@ -143,11 +147,12 @@ class Receipt:
         prefill = decode = ttft = None
         if usage.first is not None and usage.last is not None and usage.started is not None:
             ttft = usage.first - usage.added
-            prefill = _rate(prompt_tokens, usage.first - usage.started)
+            prefill = _rate(prompt_tokens - cached_tokens, usage.first - usage.started)
             decode = _rate(new_tokens - 1, usage.last - usage.first)
         io = usage.io
         return cls(
             prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
             new_tokens=new_tokens,
             finish_reason=finish_reason,
             ttft_s=ttft,
@@ -170,9 +175,10 @@ class Receipt:
         """The account for people, one fact a line; lossy settings come first."""
         s = self.setup
         ttft = "no token" if self.ttft_s is None else f"first token after {self.ttft_s:.2f} s"
+        cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
         rows = [f"LOSSY     {setting}" for setting in s.lossy]
         rows += [
-            f"prompt    {self.prompt_tokens} tokens{_speed(self.prefill_tok_s)}, {ttft}",
+            f"prompt    {self.prompt_tokens} tokens{cached}{_speed(self.prefill_tok_s)}, {ttft}",
             f"reply     {self.new_tokens} tokens{_speed(self.decode_tok_s)}, ended by {self.finish_reason}",
             f"experts   {s.experts_used} of {s.experts_native} native per token; "
             f"{self.hits} hits, {self.misses} misses{_percent(' (', self.hit_rate, ' hit rate)')}",

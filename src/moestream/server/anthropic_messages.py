@@ -29,6 +29,7 @@ from moestream.server.schemas import (
     new_id,
     receipts_of,
     thinking_variables,
+    token_counts,
 )
 from moestream.server.service import Service
 from moestream.server.settings import MAX_TOOLS
@@ -264,11 +265,12 @@ def _head(reply_id: str, body: MessagesBody) -> dict[str, Any]:
 
 def _usage(chat: Chat) -> dict[str, Any]:
     receipts = chat.receipts
+    _, cached, new = token_counts(receipts)
     return {
-        "input_tokens": len(chat.generation.jobs[0].ids),
-        "output_tokens": sum(receipt.new_tokens for receipt in receipts.values()),
+        "input_tokens": len(chat.generation.jobs[0].ids) - cached,  # without what was cached, as Anthropic counts
+        "output_tokens": new,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
+        "cache_read_input_tokens": cached,
         "output_tokens_details": {"thinking_tokens": chat.choices[0].reasoning_tokens},
         "receipts": receipts_of(receipts),
     }

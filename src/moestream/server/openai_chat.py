@@ -240,12 +240,12 @@ def _head(reply_id: str, body: ChatBody, kind: str) -> dict[str, Any]:
 
 
 def _usage(chat: Chat) -> dict[str, Any]:
-    prompt, new = token_counts(chat.receipts)
+    prompt, cached, new = token_counts(chat.receipts)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": new,
         "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in chat.choices)},
         "receipts": receipts_of(chat.receipts),
     }

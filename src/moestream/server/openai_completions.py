@@ -137,13 +137,13 @@ async def _finish(generation: Generation, choices: Sequence[_Choice]) -> None:
 
 
 def _usage(generation: Generation, prompts: int, body: CompletionBody) -> dict[str, Any]:
-    prompt, new = token_counts(generation.receipts, prompts)
+    prompt, cached, new = token_counts(generation.receipts, prompts)
     new = 0 if body.max_tokens == 0 else new
     return {
         "prompt_tokens": prompt,
         "completion_tokens": new,
         "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached},
         "receipts": receipts_of(generation.receipts),
     }
 

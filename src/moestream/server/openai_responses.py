@@ -337,14 +337,14 @@ class _Items:
         choice = chat.choices[0]
         cut = choice.finish_reason == "length"
         yield from self.close("incomplete" if cut else "completed")
-        prompt, new = token_counts(chat.receipts)
+        prompt, cached, new = token_counts(chat.receipts)
         self.response |= {
             "status": "incomplete" if cut else "completed",
             "completed_at": now(),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "usage": {
                 "input_tokens": prompt,
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
                 "output_tokens": new,
                 "output_tokens_details": {"reasoning_tokens": choice.reasoning_tokens},
                 "total_tokens": prompt + new,

@@ -154,8 +154,9 @@ def receipts_of(receipts: Mapping[int, Receipt]) -> list[dict[str, Any]]:
     return [receipts[index].to_dict() for index in sorted(receipts)]
 
 
-def token_counts(receipts: Mapping[int, Receipt], prompts: int = 1) -> tuple[int, int]:
-    """(prompt tokens, new tokens) of a request whose ``prompts`` prompts were each answered equally often."""
+def token_counts(receipts: Mapping[int, Receipt], prompts: int = 1) -> tuple[int, int, int]:
+    """(prompt tokens, those of them that were cached, new tokens); ``prompts`` prompts were answered equally often."""
     values = list(receipts.values())
-    prompt = sum(r.prompt_tokens for r in values) * prompts // max(1, len(values))
-    return prompt, sum(r.new_tokens for r in values)
+    share = prompts / max(1, len(values))
+    prompt, cached = sum(r.prompt_tokens for r in values), sum(r.cached_tokens for r in values)
+    return round(share * prompt), round(share * cached), sum(r.new_tokens for r in values)
