@@ -40,7 +40,7 @@ LARGEST_MEAN_KL = 0.01
 
 def log_probabilities(**settings: object) -> list[npt.NDArray[np.float64]]:
     """Log softmax [T, V] after every token of both texts."""
-    with LLM.load("demo", ram="400MB", max_batch=1, **settings) as llm:
+    with LLM.load("demo", ram="2GB", max_batch=1, **settings) as llm:
         story = llm.encode(llm.render([{"role": "user", "content": "Tell me a story"}]) + STORY)
         call = llm.encode(llm.render(CALL, tools=[TOOL]))
         logits = [llm.logits(ids).astype(np.float64) for ids in (story, call)]

@@ -50,7 +50,7 @@ def test_files_serve_the_next_process(folder, tmp_path, monkeypatch):
         again = turns(llm, 1)[0]
     assert first.cached_tokens == 0
     assert again.cached_tokens >= first.prompt_tokens - HEAD
-    with load(folder, prefix_cache="50MB", prefix_disk="50MB", exact=True) as llm:
+    with load(folder, prefix_cache="50MB", prefix_disk="50MB", exact=False) as llm:
         assert turns(llm, 1)[0].cached_tokens == 0  # other settings, other states
 
 
