@@ -117,6 +117,7 @@ def test_missing_and_mistyped_fields_are_named(config: dict[str, Any], name: str
         (HYBRID, {"linear_conv_kernel_dim": 17}, "linear_conv_kernel_dim must be at most 16"),
         (HYBRID, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         (HYBRID, {"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
+        (PLAIN, {"rope_theta": 10**400}, "rope_theta"),
         (HYBRID, {"rope_parameters": [1]}, "rope_parameters"),
         (HYBRID, {"num_hidden_layers": 10**12, "layer_types": None}, "num_hidden_layers"),
         (HYBRID, {"eos_token_id": "end"}, "eos_token_id"),

@@ -5,6 +5,7 @@ Shape letters: as in ``ops/base.py``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -139,7 +140,7 @@ class Fields:
         value = self._required(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(name, f"must be a number, got {value!r}")
-        if not 0 < value < float("inf"):
+        if not 0 < value <= sys.float_info.max:  # JSON integers have no limit of their own
             raise self.error(name, f"must be finite and above 0, got {value}")
         return float(value)
 
