@@ -113,7 +113,7 @@ def test_seeded_samples_repeat_alone_and_in_a_batch(llm):
 
 def test_fast_mode_repeats_a_request_alone_whatever_the_cache(folder):
     params, seen = SamplingParams(temperature=1.0, seed=3, max_tokens=40, ignore_eos=True), set()
-    for settings in ({}, {"ram": "300MB"}, {"cache": "page"}, {"cache": "none"}):
+    for settings in ({}, {"ram": "1GB"}, {"cache": "page"}, {"cache": "none"}):
         with load(folder, exact=False, **settings) as llm:
             seen |= {llm.generate("Once upon a time", params).token_ids for _ in range(2)}
     assert len(seen) == 1

@@ -70,7 +70,7 @@ def test_interrupts_at_any_moment_leave_the_model_usable(folder, cache):
     before = signal.signal(signal.SIGALRM, interrupt)
     moments = np.random.default_rng(0).uniform(0.0005, 0.01, 12)
     try:
-        with load(folder, cache=cache, ram="500MB") as llm:
+        with load(folder, cache=cache, ram="2GB") as llm:
             expected = llm.generate("Once upon", GREEDILY).token_ids
             for moment in moments:
                 with contextlib.suppress(KeyboardInterrupt):
