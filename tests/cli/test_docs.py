@@ -16,7 +16,7 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 def test_python_blocks_run(page, model, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(BLOCK.findall((ROOT / page).read_text()))
-    code = code.replace('"path/to/model"', repr(str(model))).replace('"8GB"', '"400MB"')
+    code = code.replace('"path/to/model"', repr(str(model))).replace('"8GB"', '"1GB"')
     names: dict[str, object] = {}
     exec(compile(code, page, "exec"), names)
     assert "LLM" in names
