@@ -91,7 +91,8 @@ void Pool::run_pieces(Piece body, void* context, int64_t count, int64_t grain) {
         do {
             uint64_t left = own.load(std::memory_order_relaxed);
             while (begin_of(left) < end_of(left)) {
-                const int64_t begin = begin_of(left), end = std::min(begin + grain, end_of(left));
+                const int64_t begin = begin_of(left);
+                const int64_t end = std::min(begin + std::max(grain, length_of(left) / 4), end_of(left));
                 if (!own.compare_exchange_weak(left, range(end, end_of(left)), std::memory_order_relaxed)) continue;
                 body(context, begin, end);
                 left = own.load(std::memory_order_relaxed);

@@ -30,10 +30,11 @@ public:
         run_raw(call<std::remove_reference_t<Body>>, &body, true);
     }
 
-    // Calls body(begin, end) over [0, count) in pieces of `grain`. Every member walks a range of its own from front to
-    // back, so that what it reads next lies where its prefetches have already asked; a member without work takes the
-    // back half of someone else's. A member that comes after the work is handed out is not waited for: on a busy
-    // machine its core may be someone else's for milliseconds.
+    // Calls body(begin, end) over [0, count) in pieces of at least `grain`. Every member walks a range of its own from
+    // front to back, so that what it reads next lies where its prefetches have already asked; a member without work
+    // takes the back half of someone else's. Pieces start large and shrink: taking one waits for the core's reads.
+    // A member that comes after the work is handed out is not waited for: on a busy machine its core may be someone
+    // else's for milliseconds.
     template <class Body>
     void parallel_for(int64_t count, int64_t grain, Body&& body) {
         if (count <= 0) return;

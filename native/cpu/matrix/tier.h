@@ -159,10 +159,11 @@ double fma_ops(int64_t rounds, float* sink) {
 
 uint64_t stream_sum(const uint8_t* data, int64_t nbytes) {
     constexpr int kBytes = 4 * kLanes;
+    constexpr int64_t kAhead = 8192;
     VI sum[8];
     for (VI& s : sum) s = zero_i();
     for (int64_t i = 0; i + 8 * kBytes <= nbytes; i += 8 * kBytes) {
-        for (int j = 0; j < 8 * kBytes; j += 64) prefetch(data + i + j + kPrefetchBytes);
+        for (int j = 0; j < 8 * kBytes; j += 64) prefetch(data + i + j + kAhead);
         for (int64_t j = 0; j < 8; ++j) sum[j] = add_i(sum[j], as_i(load_b(data + i + j * kBytes)));
     }
     for (int j = 1; j < 8; ++j) sum[0] = add_i(sum[0], sum[j]);

@@ -10,7 +10,22 @@ inline VF load_floats(const uint8_t* p, Kind kind, int n) {
     return n == kLanes ? load_f32(p) : load_f32_n(p, n);
 }
 
-constexpr int64_t kPrefetchBytes = 8192;
+// The same of R rows `stride` bytes apart.
+template <int R>
+inline void load_rows(const uint8_t* p, int64_t stride, Kind kind, int n, VF* out) {
+    if (kind == Kind::bf16 && n == kLanes) {  // the usual kind: one branch for all rows
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) out[r] = load_bf16(p + r * stride);
+    } else if (kind == Kind::bf16) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) out[r] = load_bf16_n(p + r * stride, n);
+    } else {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) out[r] = load_floats(p + r * stride, kind, n);
+    }
+}
+
+constexpr int64_t kPrefetchBytes = 4096;
 
 constexpr int float_bytes(Kind kind) { return kind == Kind::f32 ? 4 : 2; }
 
@@ -94,12 +109,14 @@ inline void affine_rows(const MatrixView& w, const AffineShape& shape, int64_t r
         (R * C::kBytes + 63) / 64;  // memory is asked for in its own order, whatever order rows are read in
     const Kind kind = w.layout.scale_kind;
     const int64_t row_bytes = shape.row_bytes;
-    VF acc[R][T];
-    for (auto& rows : acc)
-        for (VF& sum : rows) sum = zero_f();
+    VF acc[R][T];  // loops over it are unrolled by pragma: early enough that it stays in registers throughout
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) acc[r][t] = zero_f();
     for (int64_t line = 0; line < R * shape.scale_bytes; line += 64) {
-        prefetch(next.scales + line);
-        prefetch(next.biases + line);
+        prefetch_once(next.scales + line);
+        prefetch_once(next.biases + line);
     }
     const uint8_t* p = w.codes + row * row_bytes;
     const uint8_t* scales = w.scales + row * shape.scale_bytes;
@@ -107,23 +124,27 @@ inline void affine_rows(const MatrixView& w, const AffineShape& shape, int64_t r
     int64_t position = 0;
     for (int64_t g = 0; g < shape.groups; g += kLanes) {
         const int n = shape.groups - g < kLanes ? static_cast<int>(shape.groups - g) : kLanes;
+        VF scale[R];
+        VF bias[R];
+        load_rows<R>(scales + g * float_bytes(kind), shape.scale_bytes, kind, n, scale);
+        load_rows<R>(biases + g * float_bytes(kind), shape.scale_bytes, kind, n, bias);
         VF factor[R][T];
-        for (int r = 0; r < R; ++r) {
-            const int64_t at = r * shape.scale_bytes + g * float_bytes(kind);
-            const VF scale = load_floats(scales + at, kind, n);
-            const VF bias = load_floats(biases + at, kind, n);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t) {
-                acc[r][t] = fma_f(bias, load_f(x[t].sums + g), acc[r][t]);
-                factor[r][t] = Exact ? scale : mul_f(scale, load_f(x[t].scales + g));
+                acc[r][t] = fma_f(bias[r], load_f(x[t].sums + g), acc[r][t]);
+                factor[r][t] = Exact ? scale[r] : mul_f(scale[r], load_f(x[t].scales + g));
             }
-        }
         Counter counter = first_step();
         auto step = [&](auto&& load) {
-            for (int line = 0; line < kLines; ++line) prefetch(next.codes + line * 64);
+            for (int line = 0; line < kLines; ++line) prefetch_once(next.codes + line * 64);
             next.codes += R * C::kBytes;
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 VB codes[C::kVectors];
                 C::split(load(p + r * row_bytes), codes);
+#pragma GCC unroll 4
                 for (int t = 0; t < T; ++t)
                     acc[r][t] = fma_f(dot_step<Bits, Exact>(codes, x[t], position),
                                       spread(factor[r][t], counter, shape.shift), acc[r][t]);
@@ -138,7 +159,9 @@ inline void affine_rows(const MatrixView& w, const AffineShape& shape, int64_t r
         if (const int64_t rest = columns - static_cast<int64_t>(full) * C::kColumns; rest > 0)
             step([&](const uint8_t* from) { return C::load_n(from, static_cast<int>(rest * Bits / 8)); });
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int t = 0; t < T; ++t) out[r][t] = sum_f(acc[r][t]);
 }
 
@@ -156,7 +179,7 @@ inline void float_rows(const MatrixView& w, int64_t row, const Line* x, float (*
     auto step = [&](int chain, int64_t k) {
         for (int r = 0; r < R; ++r) {
             const uint8_t* from = p + (r * cols + k) * kBytes;
-            prefetch(from + ahead);
+            prefetch_once(from + ahead);
             const VF v = load_floats(from, K, kLanes);
             for (int t = 0; t < T; ++t) acc[chain][r][t] = fma_f(v, load_f(x[t].values + k), acc[chain][r][t]);
         }
