@@ -27,11 +27,12 @@ from moestream.engine.load import Progress, Runtime, load_runtime
 from moestream.engine.sampling import SamplingParams
 from moestream.errors import CheckpointError, RequestError, TemplateError
 from moestream.text.chat_template import ChatTemplate
+from moestream.text.generation_config import changed, recommended_params
 from moestream.text.replies import Completion, Delta, Replies
-from moestream.text.tokenizer import Tokenizer, read_json
+from moestream.text.tokenizer import Tokenizer
 from moestream.text.tools import parse_reply
 
-__all__ = ["LLM", "find_model", "recommended_params"]
+__all__ = ["LLM", "find_model"]
 
 Prompt = str | Ids
 Messages = Sequence[Mapping[str, Any]]
@@ -345,13 +346,7 @@ class LLM:
         return self._need_tokenizer().encode(text, special=False)  # the template wrote the special tokens
 
     def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
-        chosen = self.default_params if params is None else params
-        if not isinstance(chosen, SamplingParams):
-            raise RequestError(f"params must be SamplingParams, got {type(chosen).__name__}; or give keyword arguments")
-        known = [f.name for f in dataclasses.fields(SamplingParams)]
-        if unknown := sorted(set(changes) - set(known)):
-            raise RequestError(f"unknown sampling parameter {', '.join(unknown)}; known: {', '.join(known)}")
-        chosen = dataclasses.replace(chosen, **changes)
+        chosen = changed(self.default_params if params is None else params, changes)
         if chosen.stop:
             self._need_tokenizer()
         return chosen
@@ -391,22 +386,3 @@ def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
 
 def _in_thought(rendered: str) -> bool:
     return rendered.rstrip().endswith("<think>")
-
-
-def recommended_params(folder: Path) -> SamplingParams:
-    """Sampling as ``generation_config.json`` recommends; defaults where it says nothing.
-
-    Raises:
-        CheckpointError: the file holds values that cannot be used.
-    """
-    values = read_json(folder / "generation_config.json")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    chosen: dict[str, Any] = {name: values[name] for name in names if values.get(name) is not None}
-    if chosen.get("top_k") == -1:  # a common way to say off
-        chosen["top_k"] = 0
-    if values.get("do_sample") is False:
-        chosen["temperature"] = 0.0
-    try:
-        return SamplingParams(**chosen)
-    except RequestError as error:
-        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
