@@ -33,8 +33,9 @@ class RunConfig:
     """Float32 activations and KV cache instead of int8 and float16."""
     active_experts: int | None = None
     """Use fewer experts than the model was trained with (lossy)."""
-    prefill_chunk: int = 512
-    """Tokens of a prompt processed in one sweep over the layers."""
+    prefill_chunk: int | None = None
+    """Tokens of a prompt processed in one sweep over the layers, at most; None: by ``plan.prefill_chunk``, up to 2,048
+    where experts are streamed, because a sweep reads each expert at most once."""
     max_batch: int | None = None
     """Sequences decoded together; None: up to 8, as long as their states leave most of the memory to the experts."""
     context: int | None = None
@@ -53,7 +54,7 @@ class RunConfig:
         """Reject what could only fail later."""
         for name in ("ram", "threads", "active_experts", "prefill_chunk", "max_batch", "context", "io_threads"):
             value = getattr(self, name)
-            if value is None and name not in ("prefill_chunk", "io_threads"):
+            if value is None and name != "io_threads":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{name} must be a whole number, got {value!r}")

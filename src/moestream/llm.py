@@ -104,7 +104,7 @@ class LLM:
         cache: CacheMode | None = None,
         exact: bool = False,
         active_experts: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         max_batch: int | None = None,
         context: int | None = None,
         io_threads: int = 8,
@@ -124,7 +124,7 @@ class LLM:
             cache: ``arena``, ``hybrid``, ``page`` or ``none``; None: the stored plan's, or ``arena``.
             exact: Float32 activations and KV cache.
             active_experts: Experts per token, fewer than the model's own (lossy, named in every receipt).
-            prefill_chunk: Prompt tokens of one sweep.
+            prefill_chunk: Prompt tokens of one sweep, at most; None: 512, up to 2,048 where experts are streamed.
             max_batch: Sequences decoded together; None: up to 8, see ``RunConfig``.
             context: Tokens a sequence may have; None: min(the model's limit, 8192).
             io_threads: Reads in flight.

@@ -6,6 +6,7 @@ anything large is allocated. Shape letters: as in ``ops/base.py``; additionally 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moestream.config import RunConfig, format_size
@@ -24,6 +25,13 @@ STATES_SHARE = 8  # an automatic batch leaves the experts seven eighths of what 
 FLOAT32 = 4
 LIVE_RESIDUALS = 6  # arrays [T, H] alive at once: residual, normed, mixer or shared output, their sums, kernel copies
 PREFIX_SHARE = 16  # part of the budget for prefixes where their memory is not given
+CHUNK = 512
+"""Tokens of a sweep where every expert stays in memory: larger ones gain little and keep other sequences waiting."""
+STREAMED_CHUNKS = (2048, 1024)
+"""Tried in turn where experts are streamed: twice the tokens for the same reads."""
+SMALL_CHUNKS = (256, 128)
+"""Tried where the working memory of others does not fit."""
+SCRATCH_SHARE = 8  # a larger chunk leaves the experts seven eighths of what they have with CHUNK
 RUNTIME_NBYTES = 48 << 20  # interpreter growth, thread stacks and kernel scratch after the plan is made
 
 
@@ -54,6 +62,8 @@ class MemoryPlan:
     """As asked for, or chosen."""
     token_nbytes: int
     """Expert bytes that a token touches, over all layers."""
+    prefill_chunk: int
+    """Prompt tokens of a sweep: as asked for, or chosen."""
 
     @property
     def arena(self) -> int:
@@ -104,23 +114,27 @@ def plan_memory(
     sequence = context * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)
 
     prefixes = budget // PREFIX_SHARE if run.prefix_cache is None else run.prefix_cache
-
-    def with_batch(batch: int) -> dict[str, int]:
-        scratch = _scratch_nbytes(config, run.prefill_chunk, batch, active)
-        return {**resident, "states": batch * sequence, "scratch": scratch, "prefixes": prefixes}
-
-    batch = run.max_batch or DEFAULT_BATCH
-    while run.max_batch is None and batch > 1 and not _leaves_room(budget, with_batch(batch)):
-        batch -= 1
-    fixed = with_batch(batch)
     experts = len(tables) * config.moe.experts
     minimum = active if tables else 0
-    left = budget - sum(fixed.values())
-    if left < minimum * slot:
-        raise _too_small(budget, fixed, minimum * slot, batch, context)
+
+    def fixed_with(batch: int, chunk: int) -> dict[str, int]:
+        scratch = _scratch_nbytes(config, chunk, batch, active)
+        return {**resident, "states": batch * sequence, "scratch": scratch, "prefixes": prefixes}
+
+    def left_with(chunk: int) -> int:
+        return budget - sum(fixed_with(batch, chunk).values())
+
+    batch, usual = run.max_batch or DEFAULT_BATCH, run.prefill_chunk or CHUNK
+    while run.max_batch is None and batch > 1 and not _leaves_room(budget, fixed_with(batch, usual)):
+        batch -= 1
     wanted = experts if most_slots is None else max(minimum, min(experts, most_slots))
     if run.cache in ("page", "none") and tables:  # slots only receive the reads of one layer
         wanted = min(config.moe.experts, max(active * batch, run.io_threads))
+    streamed = min(wanted, left_with(CHUNK) // slot) < experts
+    chunk = run.prefill_chunk or _choose_chunk(left_with, minimum * slot, streamed)
+    fixed, left = fixed_with(batch, chunk), left_with(chunk)
+    if left < minimum * slot:
+        raise _too_small(budget, fixed, minimum * slot, batch, context)
     return MemoryPlan(
         budget=budget,
         **fixed,
@@ -131,7 +145,22 @@ def plan_memory(
         context=context,
         max_batch=batch,
         token_nbytes=active * sum(t.layout.nbytes for t in tables.values()),
+        prefill_chunk=chunk,
     )
+
+
+def _choose_chunk(left_with: Callable[[int], int], least: int, streamed: bool) -> int:
+    """The tokens of a sweep for what a chunk leaves to the experts, who need ``least`` bytes.
+
+    A sweep of so many tokens asks for most experts of every layer, so where they are streamed it reads about as much
+    whatever its length: the longest whose working memory is small beside the slots it displaces.
+    """
+    most = left_with(CHUNK)
+    if streamed:
+        for chunk in STREAMED_CHUNKS:
+            if SCRATCH_SHARE * (most - left_with(chunk)) <= most:
+                return chunk
+    return next((chunk for chunk in (CHUNK, *SMALL_CHUNKS) if left_with(chunk) >= least), SMALL_CHUNKS[-1])
 
 
 def _dense_nbytes(weights: WeightMap, ops: Ops) -> int:

@@ -25,7 +25,7 @@ from moestream.plan import MemoryPlan
 needs_native = pytest.mark.skipif(
     importlib.util.find_spec("moestream._native") is None, reason="--measure probes with native code"
 )
-PLAN = MemoryPlan(10**9, 0, 0, 0, 0, 0, 1000, 100, 4, 400, 64, 1, 10**6)
+PLAN = MemoryPlan(10**9, 0, 0, 0, 0, 0, 1000, 100, 4, 400, 64, 1, 10**6, 512)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from golden_models import Golden, golden
@@ -17,9 +18,9 @@ from moestream.ops.reference import ReferenceOps
 from moestream.plan import MemoryPlan, plan_memory
 
 
-def planned(tiny: Golden, run: RunConfig, budget: int | None = None) -> MemoryPlan:
+def planned(tiny: Golden, run: RunConfig, budget: int | None = None, most_slots: int | None = None) -> MemoryPlan:
     config, names = parse_config(tiny.checkpoint.config)
-    return plan_memory(map_weights(tiny.checkpoint, config, names), config, run, ReferenceOps(), budget)
+    return plan_memory(map_weights(tiny.checkpoint, config, names), config, run, ReferenceOps(), budget, most_slots)
 
 
 def test_slots_fill_the_budget(tiny: Golden) -> None:
@@ -58,6 +59,34 @@ def test_modes_without_a_cache_take_only_staging_slots() -> None:
         assert planned(tiny, dataclasses.replace(run, cache=mode)).slots == 3
 
 
+def test_an_automatic_chunk_is_long_where_experts_are_streamed() -> None:
+    tiny = golden("qwen3_5-mlx4")
+    run = RunConfig(max_batch=1, context=64)
+    base, long = (planned(tiny, dataclasses.replace(run, prefill_chunk=chunk)) for chunk in (512, 2048))
+    slack = 8 << 20  # the process grows a little between two plans
+
+    def chosen(room: float, most_slots: int | None = None, **other: Any) -> int:
+        """With room for experts of so many times what a chunk of 2,048 takes more than one of 512."""
+        budget = base.fixed + int(room * (long.scratch - base.scratch)) + slack
+        return planned(tiny, dataclasses.replace(run, **other), budget, most_slots).prefill_chunk
+
+    assert [chosen(room, cache="none") for room in (2, 5, 9)] == [512, 1024, 2048]
+    assert chosen(9, cache="page") == 2048
+    assert (chosen(5, base.experts - 1), chosen(9, base.experts - 1)) == (1024, 2048)
+    assert chosen(9) == 512  # every expert stays in memory
+    assert chosen(9, cache="none", prefill_chunk=300) == 300  # what is asked for wins
+
+
+def test_a_small_budget_gets_a_short_chunk() -> None:
+    tiny = golden("qwen3_5-mlx4")
+    run = RunConfig(max_batch=1, context=64)
+    base, short = planned(tiny, run), planned(tiny, dataclasses.replace(run, prefill_chunk=128))
+    budget = (base.fixed + short.fixed) // 2 + base.slots_minimum * base.slot_nbytes
+    assert planned(tiny, run, budget).prefill_chunk in (128, 256)
+    with pytest.raises(BudgetError):
+        planned(tiny, dataclasses.replace(run, prefill_chunk=512), budget)
+
+
 def test_context_is_bounded_by_the_model() -> None:
     with pytest.raises(ConfigError, match="context is 5000, the model was trained for 4096"):
         planned(golden("qwen3_5-mlx4"), RunConfig(context=5000))
@@ -72,6 +101,7 @@ def test_a_token_touches_k_experts_of_each_layer(tiny: Golden) -> None:
 
 BUSY = """
 import sys
+from typing import Any
 from pathlib import Path
 from moestream.config import RunConfig
 from moestream.engine.load import load_runtime

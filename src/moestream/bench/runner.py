@@ -158,7 +158,7 @@ def _measure(
     compute = mean_rates(compute, compute_after)
 
     def prefill_facts(phase: Phase) -> dict[str, Any]:
-        return report.prefill_facts(phase, demand, expert, run.prefill_chunk, disk, compute, run.exact)
+        return report.prefill_facts(phase, demand, expert, runtime.plan.prefill_chunk, disk, compute, run.exact)
 
     facts: dict[str, Any] = {
         "demand": asdict(demand),

@@ -34,7 +34,7 @@ def bench(
     stored_plan: options.StoredPlan = True,
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
-    prefill_chunk: options.PrefillChunk = 512,
+    prefill_chunk: options.PrefillChunk = None,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded and timed.")] = 64,
     warmup: Annotated[int, typer.Option(min=0, help="Tokens decoded at most until the hit rate settles.")] = 256,

@@ -20,7 +20,7 @@ def chat(
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
     context: options.Context = None,
-    prefill_chunk: options.PrefillChunk = 512,
+    prefill_chunk: options.PrefillChunk = None,
     prefix_cache: options.PrefixCache = None,
     prefix_disk: options.PrefixDisk = 0,
     max_tokens: options.MaxTokens = None,

@@ -105,7 +105,14 @@ Context = Annotated[
     ),
 ]
 PrefillChunk = Annotated[
-    int, typer.Option(min=1, help="Prompt tokens of one sweep over the layers.", rich_help_panel=MODEL)
+    int | None,
+    typer.Option(
+        min=1,
+        help="Prompt tokens of one sweep over the layers. Default: 512, up to 2048 where experts are streamed and "
+        "there is memory for it.",
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="New tokens at most.", rich_help_panel=SAMPLING, show_default="512")

@@ -41,7 +41,7 @@ def plan(
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
     context: options.Context = None,
-    prefill_chunk: options.PrefillChunk = 512,
+    prefill_chunk: options.PrefillChunk = None,
     as_json: options.Json = False,
 ) -> None:
     """Show the memory plan of a model and its ceilings without loading it; --measure finds the best cache."""
@@ -125,7 +125,7 @@ def describe(folder: Path, run: RunConfig, probe: bool) -> tuple[dict[str, Any],
     keeps = run.cache in ("arena", "hybrid")
     hit = expected_hit_rate(memory.slots, layers, config.moe.experts, active) if keeps else 0.0
     rates = _rates(checkpoint.files, run) if probe else None
-    facts = outlook(memory, demand, hit, run.prefill_chunk, experts_nbytes, rates, run.exact)
+    facts = outlook(memory, demand, hit, memory.prefill_chunk, experts_nbytes, rates, run.exact)
     lines = [
         f"model     {folder} ({format_size(weights.dense_nbytes)} dense, {format_size(experts_nbytes)} of experts)",
         f"memory    {format_size(memory.total)} of a budget of {format_size(memory.budget)}; cache {run.cache}",

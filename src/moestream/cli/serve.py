@@ -128,7 +128,7 @@ def serve(
     prefetch: options.Prefetch = "auto",
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
-    prefill_chunk: options.PrefillChunk = 512,
+    prefill_chunk: options.PrefillChunk = None,
     prefix_cache: options.PrefixCache = None,
     prefix_disk: options.PrefixDisk = 0,
     config: Config = None,

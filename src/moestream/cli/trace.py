@@ -41,7 +41,7 @@ def record(
     active_experts: options.ActiveExperts = None,
     exact: options.Exact = False,
     context: options.Context = None,
-    prefill_chunk: options.PrefillChunk = 512,
+    prefill_chunk: options.PrefillChunk = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     seed: options.Seed = None,
@@ -91,7 +91,7 @@ def synthetic(
     layers: Annotated[int, typer.Option(min=1, help="Layers.")] = 4,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens in all.")] = 2000,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="How many of them are a prompt.")] = 0,
-    prefill_chunk: options.PrefillChunk = 512,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one sweep.")] = 512,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="All experts equally popular, the worst case for a cache.")
     ] = False,

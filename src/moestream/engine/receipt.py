@@ -75,6 +75,8 @@ class Setup:
     budget: int
     """Bytes the whole process may take."""
     threads: int
+    prefill_chunk: int = 512
+    """Prompt tokens of one sweep over the layers, at most."""
     prefetch: Literal["auto", "off"] = "auto"
     """Whether experts may be read before their router has chosen them."""
     measured: str | None = None
@@ -188,7 +190,8 @@ class Receipt:
             f"memory    peak {format_size(self.peak_rss)} of {format_size(s.budget)}; cache {s.cache}"
             + (f", {s.slots} slots of {format_size(s.slot_bytes)}" if s.slots else "")
             + (f" (plan measured on {s.measured})" if s.measured else ""),
-            f"backend   {s.backend}, {s.threads} threads, {'exact' if s.exact else 'fast'} activations",
+            f"backend   {s.backend}, {s.threads} threads, {'exact' if s.exact else 'fast'} activations, "
+            f"prompts in sweeps of {s.prefill_chunk}",
         ]
         return rows
 
