@@ -41,6 +41,10 @@ class Flight:
     def __len__(self) -> int:
         return len(self._reads)
 
+    def keys(self) -> list[int]:
+        """What is being read; a copy, which any thread may ask for."""
+        return list(self._ticket)
+
     def submit(self, keys: list[int], ranges: I64, ahead: bool) -> None:
         """Read keys as one batch, ranges [m, G, 5]; ``ahead``: after all that is waited for."""
         self._submit([Read(key, r, ahead) for key, r in zip(keys, ranges, strict=True)])

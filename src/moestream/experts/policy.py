@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from math import sqrt
 
+import numpy as np
+
 from moestream.errors import ConfigError
+from moestream.ops.base import F32
 
 NO_SLOT = -1
 LANDING_SLOTS = 16
@@ -120,6 +123,15 @@ class LFRU:
         """Estimated probability that the next token of the key's layer uses it."""
         return self._score[key] / self._total[self._layer_of[key]]
 
+    def heat(self) -> F32:
+        """How much each key was used lately: a use n tokens of its layer ago counts ``2 ** (-n / half_life)``.
+
+        For onlookers: any thread may ask, and sees a copy that may be a moment out of date.
+        """
+        weight = np.array(self._weight)[np.array(self._layer_of, np.intp)]
+        heat: F32 = (np.array(self._score) / weight).astype(np.float32)
+        return heat
+
     def free(self) -> int:
         """Slots holding nothing."""
         return len(self._free)
@@ -208,6 +220,13 @@ class LRU(LFRU):
         self._now += 1.0
         for key in keys:
             self._score[key] = self._now
+
+    def heat(self) -> F32:
+        """As the base class, of each key's last use alone."""
+        score = np.array(self._score)
+        tokens = (self._now - score) / len(self._total)  # each layer of a step is noted once
+        heat: F32 = np.where(score > 0.0, 2.0 ** (-tokens / self._half_life), 0.0).astype(np.float32)
+        return heat
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ class StoreStats:
     """Of the bytes read, experts that were read ahead and then asked for, landed by then or not."""
     bytes_wasted: int = 0
     """Of the bytes read, what no layer asked for."""
+    stream_seconds: float = 0.0
+    """Time from a router's choice to the use of its last expert, ``stall_seconds`` included."""
 
     def __sub__(self, before: StoreStats) -> StoreStats:
         return StoreStats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
@@ -131,7 +133,7 @@ class ExpertStore:
         self._dry = False  # the last step needed no reads
         self._hits = self._misses = self._failed = self._hits_ahead = 0
         self._needed = self._bytes_ahead = 0
-        self._stall = 0.0
+        self._stall = self._streaming = self._stream_began = 0.0
 
     @property
     def reader(self) -> Reader:
@@ -183,6 +185,7 @@ class ExpertStore:
         if self.on_route is not None:
             self.on_route(layer, ids)
         self._begin(layer, len(ids))
+        self._stream_began = time.perf_counter()
         self._active = ExpertStream(self, layer, plan, ids)
         return self._active
 
@@ -233,6 +236,11 @@ class ExpertStore:
         self.read_ahead()
 
     @property
+    def experts(self) -> list[int]:
+        """Experts of each layer; the keys number them in this order."""
+        return [0 if plan is None else plan.num_experts for plan in self._plans]
+
+    @property
     def direct(self) -> bool:
         """Whether every file is read past the page cache; not in modes ``page`` and ``hybrid``, or where it refuses."""
         return all(self.reader.is_direct(file) for file in self._files)
@@ -256,6 +264,7 @@ class ExpertStore:
     def stats(self) -> StoreStats:
         """A snapshot; subtract an earlier one."""
         c = self.reader.counters()
+        running = time.perf_counter() - self._stream_began if self._active is not None else 0.0
         return StoreStats(
             bytes_read=c.bytes_disk,
             bytes_cached=c.bytes_cached,
@@ -267,6 +276,7 @@ class ExpertStore:
             hits_ahead=self._hits_ahead,
             bytes_ahead=self._bytes_ahead,
             bytes_wasted=max(0, c.bytes_disk + c.bytes_cached - self._needed),
+            stream_seconds=self._streaming + running,
         )
 
     def close(self) -> None:
@@ -356,6 +366,10 @@ class ExpertStore:
         """Whether the bytes of a key are on their way."""
         return key in self._flight
 
+    def under_way(self) -> list[int]:
+        """Keys whose bytes are on their way; any thread may ask."""
+        return self._flight.keys()
+
     def reading_anything(self) -> bool:
         """Whether a slot may become free by waiting."""
         return len(self._flight) > 0
@@ -374,3 +388,4 @@ class ExpertStore:
         if self._active is stream:
             self._active = None
             self._step_ended = time.perf_counter()
+            self._streaming += self._step_ended - self._stream_began

@@ -18,11 +18,13 @@ from moestream.errors import MoestreamError
 from moestream.server.anthropic_messages import CountBody, MessagesBody, count_tokens, messages
 from moestream.server.errors import ApiError, as_api_error, error_response, from_validation, json_response
 from moestream.server.guard import Guard
+from moestream.server.live import add_live
 from moestream.server.openai_chat import ChatBody, chat_completions
 from moestream.server.openai_completions import CompletionBody, completions
 from moestream.server.openai_responses import ResponsesBody, responses
 from moestream.server.schemas import Body
 from moestream.server.service import Service
+from moestream.server.web import add_web
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request is wrong; the message names what"},
@@ -52,6 +54,8 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app)
     _add_status(app, service)
     _add_apis(app, service)
+    add_live(app, service)
+    add_web(app)
     app.openapi = lambda: _document(app, service)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 

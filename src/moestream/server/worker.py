@@ -17,6 +17,7 @@ from moestream.engine.engine import Ids
 from moestream.engine.sampling import Constraint, SamplingParams
 from moestream.errors import MoestreamError, RequestError
 from moestream.llm import LLM
+from moestream.server.activity import Activity
 from moestream.text.replies import Delta, Replies, Reply
 
 LOG = logging.getLogger("moestream.server")
@@ -49,6 +50,7 @@ class Worker:
         """
         self.state: Literal["loading", "ready", "failed", "closed"] = "loading"
         self.llm: LLM | None = None
+        self.activity: Activity | None = None
         self.error: BaseException | None = None
         self._load_model = load_model
         self._on_state = on_state
@@ -94,6 +96,7 @@ class Worker:
         try:
             with self._load_model() as llm:
                 self.llm = llm
+                self.activity = Activity(llm.runtime.engine)
                 self._replies = Replies(llm.runtime.engine, llm.tokenizer, llm.runtime.receipt)
                 self._become("ready")
                 self._serve(self._replies)
@@ -122,6 +125,8 @@ class Worker:
             except Exception as error:  # of no single request: whatever runs has lost its place
                 LOG.exception("a step failed")
                 self._fail_all(RequestError(f"the step failed: {type(error).__name__}: {error}"))
+            if self.activity is not None:
+                self.activity.end_step()
             self._deliver()
 
     def _begin(self, job: Job) -> None:
