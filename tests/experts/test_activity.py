@@ -12,11 +12,12 @@ from moestream.experts.store import ExpertStore
 
 EXPERTS = 7
 LAYERS = 2
+SLOTS = 6
 
 
-def make(tmp_path, reader, slots=6):
+def make(tmp_path, reader):
     disk = write_stacked(tmp_path, [layout(96), None, layout(32)], EXPERTS)
-    return ExpertStore(disk.tables, disk.files, slots, "arena", reader)
+    return ExpertStore(disk.tables, disk.files, SLOTS, "arena", reader)
 
 
 def test_cells_tell_what_is_resident_used_and_being_read(tmp_path, reader):
@@ -67,7 +68,7 @@ def test_heat_halves_after_so_many_tokens_of_a_layer(policy):
         token(1, 4)
     heat = made.heat()
     assert heat[[0, 3]] == pytest.approx(0.5, rel=0.05)
-    assert heat[[1, 4]] >= pytest.approx([0.95, 0.95])
+    assert min(heat[[1, 4]]) > 0.95
     assert heat[[2, 5]].tolist() == [0, 0]
 
 
@@ -79,10 +80,7 @@ def test_looking_from_another_thread_disturbs_nothing(tmp_path, reader):
     def look():
         while not done.is_set():
             seen = cells(store)
-            if (
-                np.count_nonzero(seen & (READING | RESIDENT)) > LAYERS * EXPERTS
-                or ((seen & READING) & (seen & RESIDENT) << 1).any()
-            ):
+            if np.count_nonzero(seen & RESIDENT) > SLOTS:
                 problems.append(seen)
 
     onlooker = threading.Thread(target=look)

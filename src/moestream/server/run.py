@@ -75,7 +75,7 @@ async def _serve(
     async def announce() -> None:
         await service.changed.wait()
         if service.worker.state == "ready":
-            say(f"{service.names[0]} is ready at {url}/v1 (OpenAI) and {url} (Anthropic); Ctrl-C stops")
+            say(f"{service.names[0]} is ready at {url}/v1 (OpenAI) and {url} (Anthropic, and a web page); Ctrl-C stops")
         else:
             server.should_exit = True
 
