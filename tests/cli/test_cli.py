@@ -153,19 +153,21 @@ def test_interrupt_ends_the_reply_and_keeps_the_receipt(model):
 
 
 def test_interrupt_in_chat_ends_only_the_reply(model):
-    command = [sys.executable, "-m", "moestream", "chat", "--model", str(model), "--max-tokens", "3000"]
+    command = [sys.executable, "-m", "moestream", "chat", "--model", str(model), "--private", "--temperature", "1"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write("hello\n")
-    process.stdout.read(len("> ") + 1)  # the prompt, and the first character of the reply
+    process.stdout.read(1)  # the reply has begun
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate("/bye\n", timeout=60)
+    _, err = process.communicate("hello\n/bye\n", timeout=60)
     assert process.returncode == 0, err
-    assert out.count("> ") >= 1  # asked again
-    assert all(int(tokens) < 3000 for tokens in re.findall(r"\[(\d+) tokens", err))
+    counts = [int(tokens) for tokens in re.findall(r"\[(\d+) tokens", err)]
+    assert len(counts) == 2  # asked again
+    assert counts[0] < 3000
+    assert "stays in the conversation" in err
     assert "Traceback" not in err
 
 
@@ -176,13 +178,15 @@ def test_closed_pipe_is_not_an_error_message(model):
 
 
 def test_chat_keeps_history_and_ends_with_bye(run, model):
-    result = run("chat", "--model", model, *SAMPLING, input="hello\nmore\n/new\nhello\n/bye\n")
+    result = run("chat", "--private", "--model", model, *SAMPLING, input="hello\nmore\n/clear\nhello\n/bye\nhello\n")
     assert result.returncode == 0, result.stderr
-    replies = result.stdout.split("> ")[1:]
-    assert len(replies) == 5  # three replies, /new and /bye
-    assert replies[0] == replies[3]
-    assert replies[0].strip()
-    assert result.stderr.count("tok/s]") == 3
+    once = run("chat", "--private", "--model", model, *SAMPLING, input="hello\n").stdout
+    assert once.strip()
+    assert result.stdout.startswith(once)
+    assert result.stdout.endswith(once)
+    prompts = [int(tokens) for tokens in re.findall(r"prompt (\d+)", result.stderr)]
+    assert len(prompts) == 3  # what follows /bye is not read
+    assert prompts[1] > prompts[0] == prompts[2]
 
 
 def test_chat_goes_on_after_an_error(run, model, tmp_path):
@@ -191,12 +195,19 @@ def test_chat_goes_on_after_an_error(run, model, tmp_path):
     refusing += "{{ m.content }}{% endfor %}:"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": refusing}))
     result = run(
-        "chat", "--model", tmp_path, "--context", 400, *SAMPLING, input=f"hello\nbad\n{'x' * 500}\nmore\n/bye\n"
+        "chat",
+        "--private",
+        "--model",
+        tmp_path,
+        "--context",
+        400,
+        *SAMPLING,
+        input=f"hello\nbad\n{'x' * 500}\nmore\n/bye\n",
     )
     assert result.returncode == 0, result.stderr
     assert "no bad words" in result.stderr
-    assert "the prompt has" in result.stderr
-    assert result.stderr.count("tok/s]") == 2  # hello and more: what failed left the conversation
+    assert "the conversation has" in result.stderr
+    assert result.stderr.count("tok/s") == 2  # hello and more: what failed left the conversation
     assert "Traceback" not in result.stderr
 
 

@@ -45,7 +45,7 @@ def test_interrupt_before_the_first_token_ends_the_run_without_one(model, monkey
 @pytest.mark.parametrize(("owner", "name"), [(ChatTemplate, "render"), (Engine, "step")])
 def test_interrupt_before_the_first_token_ends_only_that_reply(model, monkeypatch, owner, name):
     interrupt_in(monkeypatch, owner, name)
-    command = ["chat", "--model", str(model), *COMMAND]
+    command = ["chat", "--private", "--model", str(model), *COMMAND]
     result = typer.testing.CliRunner().invoke(app, command, input="hello\nhello\n/bye\n")
     assert result.exit_code == 0, result.output
     assert result.stderr.count("[50 tokens") == 1  # of the second
