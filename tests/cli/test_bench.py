@@ -10,6 +10,7 @@ import pytest
 from golden_models import FOLDER
 
 from moestream.bench.ceilings import ComputeRates
+from moestream.bench.checkpoints import repeated
 from moestream.bench.demand import token_demand
 from moestream.bench.measure import CountingReader
 from moestream.bench.report import floor_seconds
@@ -57,6 +58,30 @@ def test_synthetic_bench_is_consistent_and_reuses_its_checkpoint(run, tmp_path):
     nothing = uncached["decode"]
     assert nothing["hit_rate"] == 0  # without a cache every expert is read again
     assert nothing["bytes_read_per_token"] > decode["bytes_read_per_token"]
+
+
+@needs_native
+def test_repeated_layers_are_layers_of_their_own(run, tmp_path):
+    command = ("bench", "--synthetic", "tiny-qwen3.5", "--layers", 4, "--dir", tmp_path, *SHORT)
+    once, twice = (json.loads(run(*command, "--json-only", "--repeat-layers", n).stdout) for n in (1, 2))
+    assert twice["plan"]["experts"] == 2 * once["plan"]["experts"]
+    assert twice["demand"]["expert_bytes"] == 2 * once["demand"]["expert_bytes"]
+    read = [facts["prefill"]["bytes_read"] for facts in (once, twice)]
+    assert read[1] == pytest.approx(2 * read[0], rel=0.1)
+
+
+def test_a_repeated_checkpoint_computes_what_its_layers_do_twice(tiny):
+    deep = repeated(tiny.checkpoint, 2)
+    config, names = parse_config(deep.config)
+    weights = map_weights(deep, config, names)
+    half = len(config.layers) // 2
+    assert 2 * half == len(config.layers)
+    for first, second in zip(weights.layers[:half], weights.layers[half:], strict=True):
+        assert [spec.parts for spec in first.mixer.matrices.values()] == [
+            spec.parts for spec in second.mixer.matrices.values()
+        ]
+    for layer, table in weights.experts.items():
+        assert np.array_equal(table.ranges, weights.experts[(layer + half) % len(config.layers)].ranges)
 
 
 @pytest.mark.parametrize(

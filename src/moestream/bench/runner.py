@@ -22,6 +22,7 @@ from moestream.bench.ceilings import (
     mean_rates,
     probe_file,
 )
+from moestream.bench.checkpoints import repeated
 from moestream.bench.demand import token_demand
 from moestream.bench.measure import Meter, Phase
 from moestream.checkpoint.index import open_checkpoint
@@ -49,6 +50,8 @@ class BenchSettings:
     new_tokens: int = 64
     warmup: int = 256
     """Tokens decoded at most before decoding is timed."""
+    repeat_layers: int = 1
+    """Run the layers so many times over, see ``checkpoints.repeated``."""
     routing: Literal["model", "calibrated", "uniform"] = "model"
     """``model``: the router's own choice; the others impose one, for random weights."""
 
@@ -82,7 +85,7 @@ def run_bench(
         BackendError: the native module is not installed.
         MoestreamError: the checkpoint cannot be run.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = repeated(open_checkpoint(folder), settings.repeat_layers)
     config, names = parse_config(checkpoint.config)
     weights = map_weights(checkpoint, config, names)
     machine = {"cpu": system.cpu_name(), "isa": active_isa(), "memory": system.memory().total}
@@ -102,9 +105,16 @@ def run_bench(
             say(line)
         loading = f"Loading {folder.name}"
         progress(loading, 0, 0)
-        runtime = load_runtime(folder, run, progress=lambda _what, done, total: progress(loading, done, total))
+        runtime = load_runtime(
+            folder,
+            run,
+            progress=lambda _what, done, total: progress(loading, done, total),
+            checkpoint=checkpoint,
+        )
         try:
             facts |= {"settings": asdict(settings), "run": asdict(run), "plan": asdict(runtime.plan)}
+            if settings.repeat_layers > 1:
+                say(f"layers     {len(config.layers)}: those of the checkpoint {settings.repeat_layers} times over")
             if settings.routing != "model":
                 facts["predictor_recall"] = RECALL
                 say(f"routing    imposed: {settings.routing}; a simulated predictor foresees {RECALL:.0%} of it")

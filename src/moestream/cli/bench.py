@@ -20,6 +20,15 @@ def bench(
         str | None, typer.Option(metavar="NAME", help="Random weights of a true shape, e.g. qwen3-30b-a3b.")
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of the synthetic model. Default: all.")] = None,
+    repeat_layers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Run the layers N times over, each time with experts of their own to read: deeper "
+            "models than the disk holds.",
+        ),
+    ] = 1,
     routing: Annotated[
         Literal["model", "calibrated", "uniform"] | None,
         typer.Option(
@@ -52,7 +61,9 @@ def bench(
     from moestream.bench.runner import BenchSettings, run_bench  # noqa: PLC0415
     from moestream.llm import find_model  # noqa: PLC0415
 
-    settings = BenchSettings(prompt_tokens, new_tokens, warmup, routing or ("calibrated" if synthetic else "model"))
+    settings = BenchSettings(
+        prompt_tokens, new_tokens, warmup, repeat_layers, routing or ("calibrated" if synthetic else "model")
+    )
     run = RunConfig(
         ram=ram,
         threads=threads,

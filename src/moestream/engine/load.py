@@ -79,7 +79,11 @@ class Runtime:
 
 
 def load_runtime(
-    folder: Path, run: RunConfig, eos_ids: abc.Set[int] = frozenset(), progress: Progress | None = None
+    folder: Path,
+    run: RunConfig,
+    eos_ids: abc.Set[int] = frozenset(),
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Runtime:
     """Load a model folder.
 
@@ -88,6 +92,7 @@ def load_runtime(
         run: How to run it.
         eos_ids: End tokens besides those of ``config.json``.
         progress: Told how many bytes of resident weights have been read.
+        checkpoint: Of that folder, as far as it is open already.
 
     Raises:
         CheckpointError: the folder cannot be used.
@@ -98,7 +103,7 @@ def load_runtime(
     """
     run, stored = follow(run, folder)
     assert run.cache is not None  # settled by follow
-    checkpoint = open_checkpoint(folder)
+    checkpoint = checkpoint or open_checkpoint(folder)
     config, names = parse_config(checkpoint.config)
     weights = map_weights(checkpoint, config, names)
     threads = run.threads or cpu_count()
