@@ -25,8 +25,8 @@ from moestream.checkpoint.index import open_checkpoint
 from moestream.checkpoint.routing import RECALL, SyntheticRouter
 from moestream.engine.load import Runtime
 from moestream.experts.governor import Governor
+from moestream.experts.native_reader import make_reader
 from moestream.experts.policy import LRU, landing_slots
-from moestream.experts.reader import make_reader
 from moestream.experts.store import ExpertStore
 from moestream.experts.stream import ExpertStream
 from moestream.models.blocks import ReadAhead

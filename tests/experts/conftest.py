@@ -6,7 +6,8 @@ import importlib.util
 
 import pytest
 
-from moestream.experts.reader import NativeReader, PythonReader
+from moestream.experts.native_reader import NativeReader
+from moestream.experts.python_reader import PythonReader
 
 
 def _make(name):

@@ -12,7 +12,9 @@ import pytest
 from moestream.checkpoint.encoding import Extent
 from moestream.errors import ReadError
 from moestream.experts.arena import allocate, area_nbytes, load_extents
-from moestream.experts.reader import BLOCK, DEST, NBYTES, OFFSET, TICKET, NativeReader, PythonReader, read_error
+from moestream.experts.native_reader import NativeReader
+from moestream.experts.python_reader import PythonReader
+from moestream.experts.reader import BLOCK, DEST, NBYTES, OFFSET, TICKET, read_error
 
 SIZE = 5 * (1 << 20) + 1234
 

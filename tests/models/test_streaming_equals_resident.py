@@ -7,7 +7,9 @@ import pytest
 from golden_models import Golden, make_cpu_ops
 
 from moestream.config import CacheMode
-from moestream.experts.reader import PythonReader, Reader, make_reader
+from moestream.experts.native_reader import make_reader
+from moestream.experts.python_reader import PythonReader
+from moestream.experts.reader import Reader
 from moestream.experts.store import ExpertStore
 from moestream.models.batch import Batch
 from moestream.models.model import Model

@@ -28,7 +28,7 @@ from moestream.config import CacheMode, RunConfig, format_size
 from moestream.engine.load import Progress, Runtime, load_runtime, make_store
 from moestream.engine.sampling import Sampler, SamplingParams
 from moestream.errors import ConfigError
-from moestream.experts.reader import make_reader
+from moestream.experts.native_reader import make_reader
 from moestream.models.batch import Batch
 from moestream.models.registry import parse_config
 from moestream.models.weights import WeightMap, map_weights

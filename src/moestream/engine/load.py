@@ -25,7 +25,8 @@ from moestream.engine.receipt import IoCounters, Receipt, Setup
 from moestream.engine.sequence import Sequence
 from moestream.errors import BackendError
 from moestream.experts.arena import load_extents
-from moestream.experts.reader import Reader, make_reader
+from moestream.experts.native_reader import make_reader
+from moestream.experts.reader import Reader
 from moestream.experts.store import ExpertStore
 from moestream.models.config import ModelConfig
 from moestream.models.loader import load_model
