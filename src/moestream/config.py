@@ -36,6 +36,8 @@ class RunConfig:
     prefill_chunk: int | None = None
     """Tokens of a prompt processed in one sweep over the layers, at most; None: by ``plan.prefill_chunk``, up to 2,048
     where experts are streamed, because a sweep reads each expert at most once."""
+    max_decode_stall: int | None = None
+    """Milliseconds that a prompt may keep replies waiting before its sweep rests; None: until its chunk is read."""
     max_batch: int | None = None
     """Sequences decoded together; None: up to 8, as long as their states leave most of the memory to the experts."""
     context: int | None = None
@@ -52,7 +54,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Reject what could only fail later."""
-        for name in ("ram", "threads", "active_experts", "prefill_chunk", "max_batch", "context", "io_threads"):
+        numbers = ("ram", "threads", "active_experts", "prefill_chunk", "max_batch", "context", "io_threads")
+        for name in (*numbers, "max_decode_stall"):
             value = getattr(self, name)
             if value is None and name != "io_threads":
                 continue

@@ -106,6 +106,7 @@ class LLM:
         active_experts: int | None = None,
         prefill_chunk: int | None = None,
         max_batch: int | None = None,
+        max_decode_stall: int | None = None,
         context: int | None = None,
         io_threads: int = 8,
         backend: Literal["auto", "cpu", "reference"] = "auto",
@@ -126,6 +127,7 @@ class LLM:
             active_experts: Experts per token, fewer than the model's own (lossy, named in every receipt).
             prefill_chunk: Prompt tokens of one sweep, at most; None: 512, up to 2,048 where experts are streamed.
             max_batch: Sequences decoded together; None: up to 8, see ``RunConfig``.
+            max_decode_stall: Milliseconds that a prompt may keep other replies waiting; None: until its chunk is read.
             context: Tokens a sequence may have; None: min(the model's limit, 8192).
             io_threads: Reads in flight.
             backend: ``auto`` takes the native one, or the numpy reference with a warning.
@@ -150,6 +152,7 @@ class LLM:
             active_experts=active_experts,
             prefill_chunk=prefill_chunk,
             max_batch=max_batch,
+            max_decode_stall=max_decode_stall,
             context=context,
             io_threads=io_threads,
             backend=backend,

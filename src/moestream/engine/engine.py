@@ -8,26 +8,27 @@ from __future__ import annotations
 import itertools
 import time
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from moestream.engine.pace import Pace
+from moestream.engine.passes import Pass, PromptProgress, batch_of, prompt_progress, score_prompt
 from moestream.engine.prefix import PrefixCache
 from moestream.engine.receipt import FinishReason, IoCounters, Usage
-from moestream.engine.sampling import Constraint, Sampler, SamplingParams, TokenLogprobs, token_logprobs
+from moestream.engine.sampling import Constraint, Sampler, SamplingParams, TokenLogprobs
 from moestream.engine.scheduler import Scheduler
-from moestream.engine.sequence import Sequence
+from moestream.engine.sequence import Caller, Sequence
+from moestream.engine.state_budget import StateBudget
 from moestream.errors import MoestreamError, RequestError
 from moestream.models.batch import Batch
 from moestream.models.states import SequenceStates
 from moestream.ops.base import F32, I64
 
 Ids = abc.Sequence[int] | npt.NDArray[np.integer]
-PromptProgress = Callable[[int, int], None]
-"""Called with (done, total), both in layers x prompt tokens, after each layer of a step that reads prompts."""
 
 
 class EngineModel(Protocol):
@@ -38,6 +39,9 @@ class EngineModel(Protocol):
 
     def forward(self, batch: Batch) -> F32:
         """Logits [N, V]; advances the states and fills ``batch.failures``."""
+
+    def layers(self, batch: Batch) -> Generator[None, None, F32]:
+        """The same with a rest after each layer, during which another batch may run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class Engine:
         max_batch: int = 8,
         prefill_chunk: int = 512,
         prefixes: PrefixCache | None = None,
+        states: StateBudget | None = None,
+        pace: Pace | None = None,
         counters: Callable[[], IoCounters] = IoCounters,
         recover: Callable[[], None] = lambda: None,
     ) -> None:
@@ -86,6 +92,8 @@ class Engine:
             max_batch: Sequences that hold states at a time.
             prefill_chunk: Prompt tokens of a step.
             prefixes: Spares what prompts begin with alike.
+            states: Bytes for the states of all sequences; None: no bound.
+            pace: How long a prompt may keep replies waiting; None: until its chunk has been read.
             counters: The expert store's counters, read before and after each step.
             recover: Called before the next step after an exception left the model's expert source half way.
         """
@@ -96,7 +104,10 @@ class Engine:
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self._prefill_chunk = prefill_chunk
-        self._scheduler = Scheduler(max_batch, prefill_chunk)
+        self._scheduler = Scheduler(max_batch, states)
+        self._pace = pace or Pace(None)
+        self._resting: Pass | None = None
+        self._decode_next = False  # while a pass rests
         self._prefixes = prefixes
         self._counters = counters
         self._recover = recover
@@ -133,15 +144,21 @@ class Engine:
             )
         return ids.astype(np.int64)
 
-    def add(self, prompt: Ids, params: SamplingParams, constraint: Constraint | None = None) -> Sequence:
-        """Queue a request, whose reply is what ``constraint`` allows.
+    def add(
+        self, prompt: Ids, params: SamplingParams, constraint: Constraint | None = None, caller: Caller | None = None
+    ) -> Sequence:
+        """Queue a request of ``caller``, whose reply is what ``constraint`` allows.
 
         Raises:
-            RequestError: see ``check``.
+            RequestError: see ``check``; or a biased token is outside the vocabulary.
         """
         tokens = tuple(self.check(prompt).tolist())
+        if bad := [token for token, _ in params.logit_bias if token >= self._vocab_size]:
+            raise RequestError(f"logit_bias: token id {bad[0]} is outside the vocabulary of {self._vocab_size}")
         sampler = Sampler(params, tokens, constraint)
-        sequence = Sequence(next(self._ids), tokens, params, sampler, Usage(time.perf_counter()))
+        limit = self.context if params.max_tokens is None else min(self.context, len(tokens) + params.max_tokens)
+        usage = Usage(time.perf_counter())
+        sequence = Sequence(next(self._ids), tokens, params, sampler, usage, limit, caller or Caller())
         self._scheduler.add(sequence)
         return sequence
 
@@ -158,7 +175,11 @@ class Engine:
         for start in range(0, len(tokens), self._prefill_chunk):
             chunk = slice(start, start + self._prefill_chunk)
             batch = Batch.of([(tokens[chunk], states)], all_logits=True)
-            result[chunk] = self._forward(batch)
+            if self._half_way:
+                self._recover()
+            self._half_way = True
+            result[chunk] = self._model.forward(batch)
+            self._half_way = False
             if batch.failures:
                 raise batch.failures[0][1]
         return result
@@ -185,103 +206,144 @@ class Engine:
             self._prefixes.close()
 
     def step(self) -> list[TokenEvent]:
-        """Run one step over all that is due.
+        """Run one step over all that is due, or a part of one.
 
         Returns:
-            One event for each sequence that got a token or ended; empty when the engine is idle or a step only read
-            part of a prompt.
+            One event for each sequence that got a token or ended; empty when the engine is idle or only a part of a
+            prompt was read.
 
         Raises:
             BaseException: KeyboardInterrupt and the like, after cancelling the sequences of the step.
         """
-        chunks = self._scheduler.schedule()
-        if not chunks:
-            return []
+        events = [event for sequence in self._scheduler.admit() if (event := self._start(sequence)) is not None]
+        work: Pass | None = None
+        chunks: list[tuple[Sequence, int]] = []
         try:
-            chunks = self._started(chunks)
-            if self.on_step is not None:
-                self.on_step(chunks)
-            batch, wanted = self._batch(chunks)
-            before = self._counters()
-            logits = self._forward(batch)
-            self._account(chunks, self._counters() - before)
-            return self._postprocess(chunks, batch, wanted, logits)
+            work = self._due()
+            if work is None:
+                chunks = self._next_chunks()
+                work = self._begin(chunks) if chunks else None
+            if work is None:
+                return events
+            chunks = work.chunks
+            logits = self._run(work)
+            return events if logits is None else events + self._postprocess(work, logits)
         except Exception as error:
-            return [self._fail(sequence, error) for sequence, _ in chunks if not sequence.finished]
+            return events + [self._fail(sequence, error) for sequence, _ in chunks if not sequence.finished]
         except BaseException:
             for sequence, _ in chunks:
                 self.abort(sequence)
             raise
 
-    def _started(self, chunks: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
-        """The same chunks after new sequences got their states, without what the prefix cache brought."""
-        for sequence, _ in chunks:
-            if sequence.states is None:
-                limit = sequence.params.max_tokens
-                room = self.context if limit is None else min(self.context, len(sequence.prompt) + limit)
-                sequence.usage.started = time.perf_counter()
-                sequence.states = self._model.new_states(room)
-                if self._prefixes is not None and sequence.params.prompt_logprobs is None:
-                    sequence.cached = sequence.computed = self._prefixes.start(sequence.prompt, sequence.states)
-        return [(s, count if s.decoding else min(count, len(s.prompt) - s.computed)) for s, count in chunks]
+    def _start(self, sequence: Sequence) -> TokenEvent | None:
+        """Give a sequence its states, with what the prefix cache has of its prompt."""
+        try:
+            sequence.usage.started = sequence.usage.started or time.perf_counter()
+            sequence.states = self._model.new_states(sequence.limit)
+            if self._prefixes is not None and not sequence.scored:
+                known = (*sequence.prompt, *sequence.tokens)
+                sequence.computed = self._prefixes.start(known, sequence.states)
+                if not sequence.replay:
+                    sequence.cached = sequence.computed
+        except Exception as error:
+            return self._fail(sequence, error)
+        return None
 
-    def _forward(self, batch: Batch) -> F32:
+    def _due(self) -> Pass | None:
+        """The pass at rest, if it is its turn."""
+        work = self._resting
+        if work is None:
+            return None
+        if all(sequence.finished for sequence in work.sequences):
+            self._resting = None
+            return None
+        decoding = any(s.decoding for s in self._scheduler.running)
+        return None if self._decode_next and decoding else work
+
+    def _next_chunks(self) -> list[tuple[Sequence, int]]:
+        """What a new pass computes: prompts that take long by themselves, so that it can rest, or else all."""
+        apart = self._resting.sequences if self._resting is not None else ()
+        for sequence in self._scheduler.make_room([s for s in self._scheduler.running if s.decoding], apart):
+            self._stop(sequence)
+        decoding = any(s.decoding for s in self._scheduler.running)
+        if self._resting is not None:
+            return self._scheduler.schedule(self._pace.room(self._prefill_chunk), apart)
+        chunks = self._scheduler.schedule(self._prefill_chunk)
+        prompts = [(s, count) for s, count in chunks if not s.decoding]
+        short = sum(count for _, count in prompts) <= self._pace.room(self._prefill_chunk)
+        return prompts if decoding and prompts and not short else chunks
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take the states of a sequence away; it will read its prompt and what it has replied again."""
+        if self._prefixes is not None and sequence.tokens and sequence.states is not None:
+            self._prefixes.keep_end((*sequence.prompt, *sequence.tokens), sequence.states)
+        if not sequence.tokens:
+            sequence.prompt_logprobs.clear()
+        sequence.replay, sequence.computed, sequence.states = len(sequence.tokens), 0, None
+
+    def _begin(self, chunks: list[tuple[Sequence, int]]) -> Pass:
+        if self.on_step is not None:
+            self.on_step(chunks)
+        batch, wanted = batch_of(chunks)
+        if self.on_progress is not None:
+            batch.on_layer = prompt_progress(chunks, self.on_progress)
+        return Pass(chunks, batch, wanted, self._model.layers(batch))
+
+    def _run(self, work: Pass) -> F32 | None:
+        """Go on with a pass; None if it rests."""
         if self._half_way:
             self._recover()
-        self._half_way = True  # stays so when forward raises, and when a second Ctrl-C ends the recovery
-        logits = self._model.forward(batch)
+        if work is self._resting:
+            self._resting = None
+        before = self._counters()
+        self._half_way = True  # stays so when it raises, and when a second Ctrl-C ends the recovery
+        logits = self._pace.run(work)
         self._half_way = False
+        work.io += self._counters() - before
+        self._decode_next = logits is None
+        if logits is None:
+            self._resting = work
         return logits
 
-    def _batch(self, chunks: list[tuple[Sequence, int]]) -> tuple[Batch, list[tuple[Sequence, int]]]:
-        """The batch of a step, and the sequences that use its logits, in order, with the number of their rows."""
-        parts, wanted, row = [], [], 0
-        rows: list[int] = []
-        for sequence, count in chunks:
-            assert sequence.states is not None
-            parts.append((sequence.upcoming(count), sequence.states))
-            own = range(row, row + count)
-            if sequence.params.prompt_logprobs is None or sequence.decoding:
-                ready = sequence.computed + count >= len(sequence.prompt)
-                own = own[-1:] if ready else own[:0]
-            rows += own
-            wanted.append((sequence, len(own)))
-            row += count
-        batch = Batch.of(parts)
-        batch.logits_rows = np.array(rows, np.int32)
-        if self.on_progress is not None:
-            batch.on_layer = _prompt_progress(chunks, self.on_progress)
-        return batch, wanted
-
-    def _account(self, chunks: list[tuple[Sequence, int]], io: IoCounters) -> None:
-        total = sum(count for _, count in chunks)
-        for sequence, count in chunks:
-            sequence.usage.io += io.scaled(count / total)
-
-    def _postprocess(
-        self, chunks: list[tuple[Sequence, int]], batch: Batch, wanted: list[tuple[Sequence, int]], logits: F32
-    ) -> list[TokenEvent]:
+    def _postprocess(self, work: Pass, logits: F32) -> list[TokenEvent]:
+        total = sum(count for _, count in work.chunks)
         failed: dict[int, MoestreamError] = {}
-        for row, error in batch.failures:
-            index = next(i for i, s in enumerate(batch.segments) if s.start <= row < s.start + s.length)
+        for row, error in work.batch.failures:
+            index = next(i for i, s in enumerate(work.batch.segments) if s.start <= row < s.start + s.length)
             failed.setdefault(index, error)
         events = []
-        for index, (sequence, count) in enumerate(chunks):
+        for index, (sequence, count) in enumerate(work.chunks):
             sequence.computed += count
-            if index in failed:
+            sequence.usage.io += work.io.scaled(count / total)
+            if index in failed and not sequence.finished:
                 events.append(self._fail(sequence, failed[index]))
         start = 0
-        for sequence, count in wanted:
+        for sequence, count in work.wanted:
             own = logits[start : start + count]
             start += count
             if sequence.finished or not count:
                 continue
-            _score_prompt(sequence, own)
+            score_prompt(sequence, own)
             if sequence.decoding:
-                if self._prefixes is not None and not sequence.tokens and sequence.states is not None:
-                    self._prefixes.keep(sequence.prompt, sequence.states)
+                if not sequence.tokens and sequence.states is not None:
+                    if self._prefixes is not None:
+                        self._prefixes.keep(sequence.prompt, sequence.states)
+                    followers = self._scheduler.admit_followers(sequence)
+                    events += [self._follow(follower, sequence, own[-1]) for follower in followers]
                 events.append(self._sample(sequence, own[-1]))
         return events
+
+    def _follow(self, sequence: Sequence, leader: Sequence, logits: F32) -> TokenEvent:
+        """Start where the one that read the same prompt stands, whose logits [V] are these."""
+        try:
+            assert leader.states is not None
+            sequence.states = self._model.new_states(sequence.limit)
+            sequence.states.copy_from(leader.states)
+        except Exception as error:
+            return self._fail(sequence, error)
+        sequence.computed, sequence.cached = leader.computed, leader.cached
+        sequence.usage.started = max(sequence.usage.added, leader.usage.started or 0.0)
+        return self._sample(sequence, logits)
 
     def _sample(self, sequence: Sequence, logits: F32) -> TokenEvent:
         constraint = sequence.sampler.constraint
@@ -315,27 +377,10 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
-        if self._half_way or reason == "error":
+        resting = self._resting is not None and sequence in self._resting.sequences
+        if self._half_way or resting or reason == "error":
             sequence.states = None  # they stand somewhere between two tokens
         if self._prefixes is not None and sequence.states is not None and sequence.tokens:
             self._prefixes.keep_end((*sequence.prompt, *sequence.tokens), sequence.states)
         sequence.states = None  # its memory is free for the next one
         self._scheduler.remove(sequence)
-
-
-def _score_prompt(sequence: Sequence, logits: F32) -> None:
-    """Log probabilities of the prompt's tokens, from the logits [N, V] after those just before them."""
-    top = sequence.params.prompt_logprobs
-    if top is not None:
-        first = sequence.computed - len(logits) + 1
-        for row, token in zip(logits, sequence.prompt[first : first + len(logits)], strict=False):
-            sequence.prompt_logprobs.append(token_logprobs(row, token, top))
-
-
-def _prompt_progress(chunks: list[tuple[Sequence, int]], report: PromptProgress) -> Callable[[int, int], None] | None:
-    """What a layer's end means for the prompts of a step; None for a step without any."""
-    reading = [(sequence, count) for sequence, count in chunks if not sequence.decoding]
-    before = sum(sequence.computed for sequence, _ in reading)
-    now = sum(count for _, count in reading)
-    total = sum(len(sequence.prompt) for sequence, _ in reading)
-    return (lambda done, layers: report(layers * before + done * now, layers * total)) if reading else None

@@ -19,10 +19,12 @@ from moestream.checkpoint.encoding import Extent
 from moestream.checkpoint.index import Checkpoint, open_checkpoint
 from moestream.config import CacheMode, RunConfig
 from moestream.engine.engine import Engine
+from moestream.engine.pace import Pace
 from moestream.engine.prefix import PrefixCache
 from moestream.engine.prefix_files import FORMAT, PrefixFiles
 from moestream.engine.receipt import IoCounters, Receipt, Setup
 from moestream.engine.sequence import Sequence
+from moestream.engine.state_budget import StateBudget
 from moestream.errors import BackendError
 from moestream.experts.arena import load_extents
 from moestream.experts.native_reader import make_reader
@@ -32,6 +34,7 @@ from moestream.models.config import ModelConfig
 from moestream.models.loader import load_model
 from moestream.models.model import Model
 from moestream.models.registry import parse_config
+from moestream.models.states import nbytes_fixed, nbytes_per_token
 from moestream.models.weights import WeightMap, map_weights
 from moestream.ops.base import U8, Ops
 from moestream.ops.reference import ReferenceOps
@@ -128,6 +131,8 @@ def load_runtime(
         max_batch=plan.max_batch,
         prefill_chunk=plan.prefill_chunk,
         prefixes=_prefix_cache(folder, run, plan, model, eos_ids | set(config.eos_ids)),
+        states=StateBudget(plan.states, nbytes_per_token(config, ops.exact), nbytes_fixed(config)),
+        pace=Pace(None if run.max_decode_stall is None else run.max_decode_stall / 1000),
         counters=lambda: _counters(store),
         recover=store.reset,
     )

@@ -2,8 +2,8 @@
 
 Order of the steps (engines differ in it, so the same parameters need not mean the same distribution elsewhere):
 
-1. penalties: repetition over prompt and reply, then presence and frequency over the reply; then the request's
-   constraint forbids what may not come next
+1. penalties: repetition over prompt and reply, then presence and frequency over the reply; the logit bias; then the
+   request's constraint forbids what may not come next
 2. temperature (0 is greedy: the largest logit, the lower id on a tie; the filters below do not matter then)
 3. top-k, 4. top-p of what top-k left, 5. min-p: drop what is less likely than ``min_p`` times the likeliest
 6. one uniform number of the request's own generator picks from what is left
@@ -16,7 +16,7 @@ Shape letters: V vocabulary, C candidates left after a filter.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -64,6 +64,8 @@ class SamplingParams:
     """
     max_tokens: int | None = 512
     """New tokens at most; None goes on until the context is full."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit); a mapping is accepted. -100 practically forbids a token."""
     stop: tuple[str, ...] = ()
     """Texts that end the reply; they are not part of it. A single string is accepted."""
     stop_token_ids: tuple[int, ...] = ()
@@ -80,6 +82,8 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else _sequence("stop", self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", _sequence("stop_token_ids", self.stop_token_ids))
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        object.__setattr__(self, "logit_bias", tuple((token, value) for token, value in bias))
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_range("min_p", self.min_p, 0.0, 1.0)
@@ -97,13 +101,21 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop must hold non-empty strings, got {text!r}")
+        for token, value in self.logit_bias:
+            _check_int("logit_bias", token, 0)
+            _check_range("logit_bias", value, -100.0, 100.0)
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, 0)
 
     @property
     def penalised(self) -> bool:
-        """Whether any penalty changes the logits."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        """Whether any penalty or bias changes the logits."""
+        return (
+            bool(self.logit_bias)
+            or self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
 
 def _sequence(name: str, value: object) -> tuple[Any, ...]:
@@ -172,6 +184,8 @@ class Sampler:
         self.params = params
         self.constraint = constraint
         self._prompt = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1.0 else None
+        self._biased = np.array([token for token, _ in params.logit_bias], np.int64)
+        self._bias = np.array([value for _, value in params.logit_bias], np.float32)
         self._random = np.random.default_rng(params.seed)
 
     def sample(self, logits: F32, reply: Sequence[int]) -> Sampled:
@@ -210,6 +224,7 @@ class Sampler:
             values = scores[seen]
             scores[seen] = np.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         scores[ids] -= (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
+        scores[self._biased] += self._bias
         return scores
 
     def _draw(self, scores: F32) -> int:

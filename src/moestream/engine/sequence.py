@@ -11,6 +11,16 @@ from moestream.errors import MoestreamError
 from moestream.models.states import SequenceStates
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose request it is; decides who goes first where not all can."""
+
+    client: str = ""
+    """Whoever has fewer requests running goes first."""
+    priority: int = 0
+    """Lower goes first. Above 0 is work that can wait: one place is always kept from it."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Prompt, reply so far and states of one request. Only the engine changes it."""
@@ -20,6 +30,17 @@ class Sequence:
     params: SamplingParams
     sampler: Sampler
     usage: Usage
+    limit: int
+    """Tokens of prompt and reply it may have at most."""
+    caller: Caller = field(default_factory=Caller)
+    leader: Sequence | None = None
+    """Reads the same prompt; while it does, this one waits and then starts from its states."""
+    overtaken: int = 0
+    """How many later ones have been served before it."""
+    reserved: int = 0
+    """Bytes of the states' budget that it holds."""
+    replay: int = 0
+    """Tokens of the reply that are read again, as its states had to make room."""
     states: SequenceStates | None = None
     """None while waiting and after the end."""
     computed: int = 0
@@ -41,11 +62,23 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether the whole prompt is in the states."""
-        return self.computed >= len(self.prompt)
+        """Whether everything that is to be read is in the states."""
+        return self.left <= 0
+
+    @property
+    def scored(self) -> bool:
+        """Whether log probabilities of the tokens it reads are wanted."""
+        return self.params.prompt_logprobs is not None and not self.replay
+
+    @property
+    def left(self) -> int:
+        """Tokens still to be read; not positive once it is decoding."""
+        return len(self.prompt) + self.replay - self.computed
 
     def upcoming(self, count: int) -> abc.Sequence[int]:
-        """Up to ``count`` next tokens to compute: a piece of the prompt, or the latest token of the reply."""
+        """Up to ``count`` next tokens to compute: a piece of what is read, or the latest token of the reply."""
         if self.decoding:
             return self.tokens[-1:]
-        return self.prompt[self.computed : self.computed + count]
+        if self.computed + count <= len(self.prompt):
+            return self.prompt[self.computed : self.computed + count]
+        return (*self.prompt, *self.tokens)[self.computed : self.computed + count]

@@ -5,7 +5,7 @@ Shape letters: as in ``ops/base.py``; additionally N rows whose logits are wante
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,16 +89,29 @@ class Model:
         Advances the states of every segment and appends unreadable experts to ``batch.failures``. Non-finite values
         spread within their sequence only, and are the caller's to find in the logits.
         """
+        layers = self.layers(batch)
+        while True:
+            try:
+                next(layers)
+            except StopIteration as end:
+                logits: F32 = end.value
+                return logits
+
+    def layers(self, batch: Batch) -> Generator[None, None, F32]:
+        """The same layer by layer, with a rest after each but the last.
+
+        Another batch, of other sequences, may run during a rest.
+        """
         for segment in batch.segments:
             segment.states.reserve(segment.length)
+        x = yield from self._residual(batch)
         with np.errstate(all="ignore"):
-            x = self._residual(batch)
             logits = self._logits(x, batch.logits_rows)
         for segment in batch.segments:
             segment.states.length += segment.length
         return logits
 
-    def _residual(self, batch: Batch) -> F32:
+    def _residual(self, batch: Batch) -> Generator[None, None, F32]:
         """The residual stream after the last layer [T, H]."""
         ops = self.ops
         angles = batch.positions[:, None] * self._frequencies  # [T, R / 2], float64: exact at any position
@@ -110,12 +123,15 @@ class Model:
         )
         x = ops.embed(batch.ids, self._weights.embed)
         for i, layer in enumerate(self._weights.layers):
-            x = x + layer.mixer.forward(ops.rms_norm(x, layer.mixer_norm, self.config.eps), i, step)
-            x = layer.mlp.forward(x, ops.rms_norm(x, layer.mlp_norm, self.config.eps), i, step)
+            with np.errstate(all="ignore"):
+                x = x + layer.mixer.forward(ops.rms_norm(x, layer.mixer_norm, self.config.eps), i, step)
+                x = layer.mlp.forward(x, ops.rms_norm(x, layer.mlp_norm, self.config.eps), i, step)
             if self.observe is not None:
                 self.observe(i, x)
             if batch.on_layer is not None:
                 batch.on_layer(i + 1, len(self._weights.layers))
+            if i + 1 < len(self._weights.layers):
+                yield
         return x
 
     def _look_ahead(self, x: F32, layer: int) -> None:

@@ -63,6 +63,18 @@ class SequenceStates:
                 cache.k = _grown(cache.k, cache.length, capacity)
                 cache.v = _grown(cache.v, cache.length, capacity)
 
+    def copy_from(self, other: SequenceStates) -> None:
+        """Stand, empty so far, where another sequence stands."""
+        self.reserve(other.length)
+        for own, theirs in zip(self.layers, other.layers, strict=True):
+            if isinstance(own, KVCache) and isinstance(theirs, KVCache):
+                n = own.length = theirs.length
+                own.k[:, :n], own.v[:, :n] = theirs.k[:, :n], theirs.v[:, :n]
+            elif isinstance(own, DeltaState) and isinstance(theirs, DeltaState):
+                own.conv[:], own.s[:] = theirs.conv, theirs.s
+        self.pages = list(other.pages)
+        self.length = other.length
+
     def delta_states(self) -> list[DeltaState]:
         """The states of the delta-net layers, in order."""
         return [s for s in self.layers if isinstance(s, DeltaState)]

@@ -25,6 +25,7 @@ from moestream.server.schemas import (
     StopTexts,
     TextPart,
     as_tool,
+    caller_of,
     joined,
     new_id,
     receipts_of,
@@ -158,7 +159,9 @@ async def messages(service: Service, body: MessagesBody, request: Request) -> Re
     thinking = body.thinking
     budget = thinking.budget_tokens if thinking is not None and thinking.type == "enabled" else None
     use, variables = _tool_use(body), _variables(service, body)
-    conversation = ChatRequest(_messages(body), [params], use, _schema(body), variables, budget)
+    user = body.metadata.get("user_id") if isinstance(body.metadata, dict) else None
+    caller = caller_of(request, user)
+    conversation = ChatRequest(_messages(body), [params], use, _schema(body), variables, budget, caller)
     chat = await begin(service, conversation)
     reply_id = new_id("msg_")
     request.scope["moestream"].watch(chat.generation, reply_id)

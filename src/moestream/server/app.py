@@ -35,6 +35,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"description": "The queue is full; see Retry-After"},
     500: {"description": "The server failed"},
     503: {"description": "The model is being loaded, or the server stops"},
+    504: {"description": "The request took longer than the server allows"},
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from moestream.engine.receipt import FinishReason, Receipt
 from moestream.engine.sampling import SamplingParams, TokenLogprobs
+from moestream.engine.sequence import Caller
 from moestream.server.constraints import Shape
 from moestream.server.errors import ApiError
 from moestream.server.schemas import chosen_tools
@@ -66,6 +67,7 @@ class ChatRequest:
     """Of the chat template."""
     thought_budget: int | None = None
     """Tokens the model may think."""
+    caller: Caller = field(default_factory=Caller)
 
 
 @dataclass(slots=True)
@@ -139,7 +141,7 @@ async def begin(service: Service, request: ChatRequest) -> Chat:
     constraint = await service.constraint(shape, prompt, request.thought_budget)
     form = model.form if use.shown else None
     choices = [Choice(ReplyReader(form, use.shown, prompt.in_thought)) for _ in request.params]
-    generation = service.open([prompt.ids] * len(request.params), request.params, constraint)
+    generation = service.open([prompt.ids] * len(request.params), request.params, request.caller, constraint)
     return Chat(generation, choices)
 
 

@@ -19,11 +19,15 @@ from moestream.server.schemas import (
     FunctionName,
     Int,
     Label,
+    LogitBias,
     Parts,
+    Priority,
     StopText,
     StopTexts,
     Tools,
     as_tool,
+    biases,
+    caller_of,
     joined,
     new_id,
     now,
@@ -136,7 +140,8 @@ class ChatBody(Body):
     reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     store: Literal[False] | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    logit_bias: LogitBias | None = None
+    priority: Priority | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     user: Label = None
@@ -149,7 +154,7 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
     """Answer a conversation."""
     service.check_model(body.model)
     reply_id, tokenizer = new_id("chatcmpl-"), service.loaded.tokenizer
-    chat = await begin(service, _request(service, body))
+    chat = await begin(service, _request(service, body, request))
     request.scope["moestream"].watch(chat.generation, reply_id)
     if body.stream:
         events = _stream(chat, reply_id, body, tokenizer)
@@ -162,7 +167,7 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
     return json_response(_head(reply_id, body, "chat.completion") | {"choices": choices, "usage": _usage(chat)})
 
 
-def _request(service: Service, body: ChatBody) -> ChatRequest:
+def _request(service: Service, body: ChatBody, request: Request) -> ChatRequest:
     """The conversation as the model's side sees it.
 
     Raises:
@@ -183,6 +188,7 @@ def _request(service: Service, body: ChatBody) -> ChatRequest:
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
+        logit_bias=biases(body.logit_bias),
         seed=None if body.seed is None else body.seed & (2**63 - 1),
         max_tokens=body.max_completion_tokens or body.max_tokens,
         stop=(body.stop,) if isinstance(body.stop, str) else body.stop,
@@ -204,6 +210,7 @@ def _request(service: Service, body: ChatBody) -> ChatRequest:
             **thinking_variables(service.loaded.template, body.reasoning_effort, "reasoning_effort"),
             **(body.chat_template_kwargs or {}),
         },
+        caller=caller_of(request, body.user or body.safety_identifier, body.priority),
     )
 
 

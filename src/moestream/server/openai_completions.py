@@ -14,7 +14,21 @@ from moestream.engine.sampling import TokenLogprobs
 from moestream.server.chat import spread
 from moestream.server.errors import ApiError, as_api_error, error_body, json_response
 from moestream.server.openai_chat import DONE, PING, StreamOptions
-from moestream.server.schemas import Body, Int, Label, StopText, StopTexts, new_id, now, receipts_of, token_counts
+from moestream.server.schemas import (
+    Body,
+    Int,
+    Label,
+    LogitBias,
+    Priority,
+    StopText,
+    StopTexts,
+    biases,
+    caller_of,
+    new_id,
+    now,
+    receipts_of,
+    token_counts,
+)
 from moestream.server.service import Generation, Service
 from moestream.server.sse import EventStream, event, unless_gone
 from moestream.text.replies import Delta
@@ -53,7 +67,8 @@ class CompletionBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     suffix: None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    logit_bias: LogitBias | None = None
+    priority: Priority | None = None
     user: Label = None
 
 
@@ -95,6 +110,7 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
+        logit_bias=biases(body.logit_bias),
         seed=None if body.seed is None else body.seed & (2**63 - 1),
         max_tokens=16 if body.max_tokens is None else max(1, body.max_tokens),
         stop=(body.stop,) if isinstance(body.stop, str) else body.stop,
@@ -103,7 +119,8 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
     )
     choices = [_Choice(ids) for ids in prompts for _ in range(count)]
     reply_id, tokenizer = new_id("cmpl-"), service.loaded.tokenizer
-    generation = service.open([c.prompt for c in choices], spread(params, count) * len(prompts))
+    caller = caller_of(request, body.user, body.priority)
+    generation = service.open([c.prompt for c in choices], spread(params, count) * len(prompts), caller)
     request.scope["moestream"].watch(generation, reply_id)
     head = {"id": reply_id, "object": "text_completion", "created": now(), "model": body.model}
     if body.stream:

@@ -21,7 +21,9 @@ from moestream.server.schemas import (
     Int,
     Label,
     Parts,
+    Priority,
     as_tool,
+    caller_of,
     joined,
     new_id,
     now,
@@ -155,6 +157,7 @@ class ResponsesBody(Body):
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     top_logprobs: Annotated[Int, Field(ge=0, le=0)] | None = None
+    priority: Priority | None = None
     user: Label = None
     metadata: Label = None
     safety_identifier: Label = None
@@ -164,7 +167,7 @@ class ResponsesBody(Body):
 async def responses(service: Service, body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation; nothing of it is stored."""
     service.check_model(body.model)
-    chat = await begin(service, _request(service, body))
+    chat = await begin(service, _request(service, body, request))
     items = _Items(_head(body))
     request.scope["moestream"].watch(chat.generation, items.response["id"])
     if body.stream:
@@ -185,7 +188,7 @@ async def responses(service: Service, body: ResponsesBody, request: Request) -> 
     return json_response(items.response)
 
 
-def _request(service: Service, body: ResponsesBody) -> ChatRequest:
+def _request(service: Service, body: ResponsesBody, request: Request) -> ChatRequest:
     """The conversation as the model's side sees it.
 
     Raises:
@@ -203,7 +206,8 @@ def _request(service: Service, body: ResponsesBody) -> ChatRequest:
     )
     effort = body.reasoning.effort if body.reasoning else None
     variables = thinking_variables(service.loaded.template, effort, "reasoning.effort")
-    return ChatRequest(_messages(body), [params], use, _schema(body), variables)
+    caller = caller_of(request, body.user or body.safety_identifier, body.priority)
+    return ChatRequest(_messages(body), [params], use, _schema(body), variables, caller=caller)
 
 
 def _schema(body: ResponsesBody) -> dict[str, Any] | None:

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from starlette.requests import Request
 
 from moestream.engine.receipt import Receipt
+from moestream.engine.sequence import Caller
 from moestream.server.constraints import check_schema
 from moestream.server.errors import ApiError, unsupported
 from moestream.server.settings import MAX_STOP, MAX_STOP_LENGTH, MAX_TOOLS
@@ -27,6 +29,14 @@ StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LE
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP, fail_fast=True)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
 Label = Annotated[Any, Field(description="Accepted as the client's own label; has no effect.")]
+Priority = Annotated[
+    Int,
+    Field(ge=-1000, le=1000, description="Lower goes first. Above 0 is work that can wait: a place is kept from it."),
+]
+LogitBias = Annotated[
+    dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024),
+]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -137,6 +147,23 @@ def thinking_variables(template: str, effort: str | None, param: str) -> dict[st
     if effort == "none" and "<think>" not in template:
         return {}  # it never thinks
     raise unsupported(param, "this model's chat template has no switch for thinking")
+
+
+def caller_of(request: Request, label: object = None, priority: int | None = None) -> Caller:
+    """Whose request it is: places are shared between addresses, and there between users, or programs if unnamed.
+
+    Args:
+        request: The request.
+        label: The field that names the user, if the body has one.
+        priority: Lower goes first.
+    """
+    name = label if isinstance(label, str) and label else request.headers.get("user-agent", "")
+    return Caller(f"{request.client.host if request.client else ''} {name[:256]}", priority or 0)
+
+
+def biases(given: Mapping[str, float] | None) -> dict[int, float] | None:
+    """Logit biases by token id."""
+    return None if given is None else {int(token): value for token, value in given.items()}
 
 
 def new_id(prefix: str) -> str:

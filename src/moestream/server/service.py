@@ -13,7 +13,8 @@ from typing import Any
 from moestream.engine.engine import Ids
 from moestream.engine.receipt import Receipt
 from moestream.engine.sampling import Constraint, SamplingParams, TokenLogprobs
-from moestream.errors import CheckpointError, MoestreamError
+from moestream.engine.sequence import Caller
+from moestream.errors import CheckpointError, MoestreamError, RequestError
 from moestream.llm import LLM
 from moestream.server.constraints import Grammars, Shape
 from moestream.server.errors import ApiError
@@ -204,7 +205,14 @@ class Service:
             RequestError: a value is out of range.
         """
         values = {name: value for name, value in given.items() if value is not None}
-        return replace(self.loaded.llm.default_params, **{"max_tokens": None, **values})
+        params = replace(self.loaded.llm.default_params, **{"max_tokens": None, **values})
+        vocab_size = self.loaded.llm.runtime.config.vocab_size
+        if bad := [token for token, _ in params.logit_bias if token >= vocab_size]:
+            raise RequestError(f"logit_bias: token id {bad[0]} is outside the vocabulary of {vocab_size}")
+        most = self.settings.max_tokens
+        if most is not None and (params.max_tokens is None or params.max_tokens > most):
+            params = replace(params, max_tokens=most)
+        return params
 
     def check_room(self, count: int) -> None:
         """Refuse what has no place in the queue, before anything is done for it.
@@ -229,6 +237,7 @@ class Service:
         self,
         prompts: Sequence[Ids],
         params: Sequence[SamplingParams],
+        caller: Caller,
         constraint: Callable[[], Constraint | None] = lambda: None,
     ) -> Generation:
         """Take places in the queue and run; the caller closes it.
@@ -240,8 +249,10 @@ class Service:
         wanted = [(ids, chosen, constraint()) for ids, chosen in zip(prompts, params, strict=True)]
         self._places += len(prompts)
         generation = Generation(self)
+        if self.settings.request_timeout is not None:
+            asyncio.get_running_loop().call_later(self.settings.request_timeout, generation.expire)
         for ids, chosen, own in wanted:
-            generation.add(ids, chosen, own)
+            generation.add(ids, chosen, own, caller)
         return generation
 
     def give_place_back(self, started: float) -> None:
@@ -261,10 +272,10 @@ class Generation:
     _open: set[int] = field(default_factory=set)
     _started: float = field(default_factory=time.monotonic)
 
-    def add(self, ids: Ids, params: SamplingParams, constraint: Constraint | None) -> None:
+    def add(self, ids: Ids, params: SamplingParams, constraint: Constraint | None, caller: Caller) -> None:
         """Run one more sequence."""
         index = len(self.jobs)
-        job = Job(ids, params, constraint, lambda delta: self._take(index, delta))
+        job = Job(ids, params, constraint, caller, lambda delta: self._take(index, delta))
         self.jobs.append(job)
         self._open.add(index)
         self.service.worker.submit(job)
@@ -286,6 +297,14 @@ class Generation:
             self.service.give_place_back(self._started)
             self.service.worker.cancel(self.jobs[index])
             self.service.metrics.replies.labels("cancelled").inc()
+
+    def expire(self) -> None:
+        """The time a request may take is over."""
+        if self._open:
+            seconds = self.service.settings.request_timeout
+            error = ApiError(504, f"the request took longer than {seconds:g} s (--request-timeout)", code="timeout")
+            self._queue.put_nowait((min(self._open), error))
+            self.close()
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(index of the sequence, delta) as they come.

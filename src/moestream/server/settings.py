@@ -35,6 +35,10 @@ class ServeSettings:
     """Bytes of a request."""
     max_choices: int = 8
     """Replies that one request may ask for (``n`` times prompts)."""
+    max_tokens: int | None = None
+    """Tokens a reply has at most, whatever it asks for; None: what the context holds."""
+    request_timeout: float | None = None
+    """Seconds from a place in the queue to the end, after which a request is answered 504; None: no limit."""
     allowed_hosts: tuple[str, ...] = ()
     """Names besides localhost and addresses that ``Host`` may hold."""
     allowed_origins: tuple[str, ...] = ()
@@ -60,6 +64,10 @@ class ServeSettings:
         for name, low in (("queue", 0), ("max_body", 1024), ("max_choices", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"max-tokens must be at least 1, got {self.max_tokens}")
+        if self.request_timeout is not None and not self.request_timeout > 0:
+            raise ConfigError(f"request-timeout must be above 0, got {self.request_timeout}")
         for name in ("ping_seconds", "grace_seconds"):
             if not 0 < getattr(self, name) <= 3600:
                 raise ConfigError(f"{name.replace('_', '-')} must be above 0 and at most 3600")

@@ -15,6 +15,7 @@ from typing import Literal
 
 from moestream.engine.engine import Ids
 from moestream.engine.sampling import Constraint, SamplingParams
+from moestream.engine.sequence import Caller
 from moestream.errors import MoestreamError, RequestError
 from moestream.llm import LLM
 from moestream.server.activity import Activity
@@ -33,6 +34,7 @@ class Job:
     ids: Ids
     params: SamplingParams
     constraint: Constraint | None
+    caller: Caller
     sink: Sink
     reply: Reply | None = None
     """Set by the worker; the loop may read its sequence after the last delta."""
@@ -132,7 +134,7 @@ class Worker:
     def _begin(self, job: Job) -> None:
         assert self._replies is not None
         try:
-            job.reply = self._replies.submit(job.ids, job.params, job.constraint)
+            job.reply = self._replies.submit(job.ids, job.params, job.constraint, job.caller)
         except MoestreamError as error:
             self._pour([(job, error)])
             return

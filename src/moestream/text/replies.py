@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from moestream.engine.engine import Engine, Ids, TokenEvent
 from moestream.engine.receipt import FinishReason, Receipt
 from moestream.engine.sampling import Constraint, SamplingParams, TokenLogprobs
+from moestream.engine.sequence import Caller
 from moestream.engine.sequence import Sequence as EngineSequence
 from moestream.errors import MoestreamError, RequestError
 from moestream.text.tokenizer import TextStream, Tokenizer
@@ -101,13 +102,15 @@ class Replies:
         """
         self._cancelled += 1  # the lock may be held by the very thread the signal interrupted
 
-    def submit(self, ids: Ids, params: SamplingParams, constraint: Constraint | None = None) -> Reply:
+    def submit(
+        self, ids: Ids, params: SamplingParams, constraint: Constraint | None = None, caller: Caller | None = None
+    ) -> Reply:
         """Queue a request for a caller that calls ``step`` itself and takes deltas from ``pending``, then ``release``.
 
         Raises:
             RequestError: the prompt is wrong, or the model has been closed.
         """
-        return self._submit(ids, params, self._cancelled, constraint)
+        return self._submit(ids, params, self._cancelled, constraint, caller)
 
     def release(self, reply: Reply) -> None:
         """Forget a reply; cancels it when it still runs."""
@@ -199,11 +202,18 @@ class Replies:
                     error=sequence.error,
                 )
 
-    def _submit(self, ids: Ids, params: SamplingParams, asked: int, constraint: Constraint | None = None) -> Reply:
+    def _submit(
+        self,
+        ids: Ids,
+        params: SamplingParams,
+        asked: int,
+        constraint: Constraint | None = None,
+        caller: Caller | None = None,
+    ) -> Reply:
         with self.lock:
             if self._closed:
                 raise RequestError("the model has been closed")
-            sequence = self._engine.add(ids, params, constraint)
+            sequence = self._engine.add(ids, params, constraint, caller)
             reply = Reply(sequence, TextStream(self._tokenizer, params.stop) if self._tokenizer else None, asked)
             self._open[sequence.id] = reply
             return reply
