@@ -39,7 +39,7 @@ class RunConfig:
     max_decode_stall: int | None = None
     """Milliseconds that a prompt may keep replies waiting before its sweep rests; None: until its chunk is read."""
     max_batch: int | None = None
-    """Sequences decoded together; None: up to 8, as long as their states leave most of the memory to the experts."""
+    """Sequences decoded together at most; None: up to 8. Their states share a budget, see ``MemoryPlan.states``."""
     context: int | None = None
     """Tokens of state the budget must hold per sequence; None: min(model's limit, 8192)."""
     io_threads: int = 8

@@ -22,8 +22,9 @@ import numpy.typing as npt
 
 from moestream.checkpoint.find import DEMO, find_model
 from moestream.config import CacheMode, RunConfig, parse_size
-from moestream.engine.engine import Ids, PromptProgress
+from moestream.engine.engine import Ids
 from moestream.engine.load import Progress, Runtime, load_runtime
+from moestream.engine.passes import PromptProgress
 from moestream.engine.sampling import SamplingParams
 from moestream.errors import CheckpointError, RequestError, TemplateError
 from moestream.text.chat_template import ChatTemplate

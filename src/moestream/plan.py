@@ -21,7 +21,8 @@ from moestream.system import default_budget, rss
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
-STATES_SHARE = 8  # an automatic batch leaves the experts seven eighths of what they could have without it
+SHORT = 1024  # tokens of a short sequence: as many may run as the states of the full ones would hold
+STATES_SHARE = 8  # states of more than one sequence leave the experts seven eighths of what they could have without
 FLOAT32 = 4
 LIVE_RESIDUALS = 6  # arrays [T, H] alive at once: residual, normed, mixer or shared output, their sums, kernel copies
 PREFIX_SHARE = 16  # part of the budget for prefixes where their memory is not given
@@ -45,7 +46,7 @@ class MemoryPlan:
     dense: int
     """Weights that stay resident, as the backend holds them."""
     states: int
-    """KV caches and delta-net states of ``max_batch`` sequences of ``context`` tokens each."""
+    """KV caches and delta-net states: of at least one sequence of ``context`` tokens, shared by all that run."""
     scratch: int
     """Activations, expert outputs and logits of the largest step."""
     prefixes: int
@@ -117,24 +118,26 @@ def plan_memory(
     experts = len(tables) * config.moe.experts
     minimum = active if tables else 0
 
-    def fixed_with(batch: int, chunk: int) -> dict[str, int]:
+    def fixed_with(full: int, chunk: int) -> dict[str, int]:
         scratch = _scratch_nbytes(config, chunk, batch, active)
-        return {**resident, "states": batch * sequence, "scratch": scratch, "prefixes": prefixes}
+        return {**resident, "states": full * sequence, "scratch": scratch, "prefixes": prefixes}
 
     def left_with(chunk: int) -> int:
-        return budget - sum(fixed_with(batch, chunk).values())
+        return budget - sum(fixed_with(full, chunk).values())
 
-    batch, usual = run.max_batch or DEFAULT_BATCH, run.prefill_chunk or CHUNK
-    while run.max_batch is None and batch > 1 and not _leaves_room(budget, fixed_with(batch, usual)):
-        batch -= 1
+    full = batch = run.max_batch or DEFAULT_BATCH
+    while full > 1 and not _leaves_room(budget, fixed_with(full, run.prefill_chunk or CHUNK)):
+        full -= 1
+    short = min(context, SHORT) * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)
+    batch = min(batch, full * sequence // short)
     wanted = experts if most_slots is None else max(minimum, min(experts, most_slots))
     if run.cache in ("page", "none") and tables:  # slots only receive the reads of one layer
         wanted = min(config.moe.experts, max(active * batch, run.io_threads))
     streamed = min(wanted, left_with(CHUNK) // slot) < experts
     chunk = run.prefill_chunk or _choose_chunk(left_with, minimum * slot, streamed)
-    fixed, left = fixed_with(batch, chunk), left_with(chunk)
+    fixed, left = fixed_with(full, chunk), left_with(chunk)
     if left < minimum * slot:
-        raise _too_small(budget, fixed, minimum * slot, batch, context)
+        raise _too_small(budget, fixed, minimum * slot, context)
     return MemoryPlan(
         budget=budget,
         **fixed,
@@ -189,16 +192,15 @@ def _scratch_nbytes(config: ModelConfig, chunk: int, batch: int, active: int) ->
     return FLOAT32 * ((chunk + batch) * row + 2 * batch * config.vocab_size)
 
 
-def _too_small(budget: int, fixed: dict[str, int], slots: int, batch: int, context: int) -> BudgetError:
+def _too_small(budget: int, fixed: dict[str, int], slots: int, context: int) -> BudgetError:
     """Say what is needed, and for each part that can shrink, by which setting."""
     need = sum(fixed.values()) + slots
-    several = " or max_batch" if batch > 1 else ""  # set by the library only
     return BudgetError(
         f"the memory budget is {format_size(budget)}, but at least {format_size(need)} are needed:\n"
         f"  {format_size(fixed['baseline'])} process\n"
         f"  {format_size(fixed['dense'])} resident weights\n"
-        f"  {format_size(fixed['states'])} states of {batch} x {context} tokens (lower --context{several})\n"
-        f"  {format_size(fixed['scratch'])} working memory (lower --prefill-chunk{several})\n"
+        f"  {format_size(fixed['states'])} states of {context} tokens (lower --context)\n"
+        f"  {format_size(fixed['scratch'])} working memory (lower --prefill-chunk)\n"
         + (f"  {format_size(fixed['prefixes'])} prefixes (lower --prefix-cache)\n" if fixed["prefixes"] else "")
         + f"  {format_size(slots)} expert slots for one token\n"
         "Raise --ram, or lower what is named above"

@@ -126,6 +126,8 @@ def test_metrics(server):
     assert gauge(server, 'moestream_experts_total{tier="host"}') > 0
     assert gauge(server, 'moestream_read_bytes_total{source="disk"}') > 0
     assert gauge(server, "moestream_failed_reads_total") == 0
+    assert gauge(server, 'moestream_ahead_bytes_total{use="used"}') >= 0
+    assert gauge(server, "moestream_preemptions_total") == 0
     assert gauge(server, 'moestream_requests_total{path="/v1/chat/completions",status="200"}') >= 1
     assert gauge(server, "moestream_ttft_seconds_count") >= 1
 
@@ -168,11 +170,29 @@ def test_file_environment_and_flags(tmp_path):
         assert "at most 2 are possible" in body["error"]["message"]
 
 
+def test_limits_of_requests():
+    """A reply is cut at --max-tokens; a request that takes too long ends with 504, in a stream with an error event."""
+    with running("demo", "--port", "0", "--max-tokens", "5", *SMALL) as server:
+        status, _, body = server.chat(max_tokens=500, temperature=0)
+        assert (status, body["usage"]["completion_tokens"]) == (200, 5)
+    with running("demo", "--port", "0", "--request-timeout", "0.3", *SMALL) as server:
+        status, _, body = server.request("POST", "/v1/completions", LONG | {"stream": False, "n": 8})
+        assert (status, body["error"]["code"]) == (504, "timeout")
+        connection, reply = open_stream(server, LONG | {"n": 8})
+        text = reply.read().decode()
+        connection.close()
+        assert "--request-timeout" in text
+        assert "[DONE]" not in text
+        wait_for(lambda: gauge(server, "moestream_running") == 0)
+        assert gauge(server, 'moestream_state_bytes{of="sequences"}') == 0
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--host", "0.0.0.0"], "set a key with --api-key"),
         (["--api-key", "short"], "at least 8"),
+        (["--request-timeout", "0"], "above 0"),
         (["--config", "{folder}/none.toml"], "cannot be read"),
         (["--config", "{folder}/wrong.toml"], "unknown key 'prot'"),
         (["--allowed-origin", "example.org"], "is not an origin"),

@@ -174,7 +174,10 @@ def test_json_object(client):
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"the": 1}}, "logit_bias"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"extra_body": {"priority": 5000}}, "priority"),
         ({"store": True}, "store"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
@@ -207,6 +210,31 @@ def test_wrong_and_unsupported_parameters_are_named(client, change, param):
     if param is not None:
         assert str(body["param"]).startswith(param)
     assert re.search((param or "messages").split(".")[0], body["message"])
+
+
+def test_biased_tokens_are_chosen_or_never(client):
+    free = ask(client, STORY, temperature=0, max_tokens=12, logprobs=True, top_logprobs=1)
+    forced = ask(client, STORY, temperature=0, max_tokens=4, logit_bias={"100": 100}, logprobs=True)
+    assert len({token.token for token in forced.choices[0].logprobs.content}) == 1
+    first = client.completions.create(model="demo", prompt=[5, 6], temperature=0, max_tokens=1, logprobs=0)
+    ids = {str(token): -100.0 for token in range(1000)}
+    other = client.completions.create(
+        model="demo", prompt=[5, 6], temperature=0, max_tokens=1, logit_bias=ids, logprobs=0
+    )
+    assert first.choices[0].text != other.choices[0].text
+    assert free.choices[0].logprobs.content[0].token != forced.choices[0].logprobs.content[0].token
+
+
+def test_several_replies_read_their_prompt_once(client):
+    """An unseen prompt; each reply gets tokens of its own."""
+    story = [{"role": "user", "content": "Tell me a story about a lighthouse keeper who counts ships. " * 8}]
+    before = client.completions.create(model="demo", prompt=[1, 2], max_tokens=1)
+    assert before.usage is not None
+    reply = ask(client, story, n=4, temperature=1, seed=5, max_tokens=10, extra_body={"priority": -1})
+    assert len({choice.message.content for choice in reply.choices}) > 1
+    experts = [r["hits"] + r["hits_ahead"] + r["misses"] for r in reply.usage.model_dump()["receipts"]]
+    assert max(experts) > 0
+    assert sorted(experts)[2] < max(experts) / 2  # one of them has read the prompt
 
 
 def test_other_errors(client):

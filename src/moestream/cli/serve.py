@@ -92,6 +92,27 @@ Ping = Annotated[
 Grace = Annotated[
     float, typer.Option(help="Seconds that requests may go on after Ctrl-C or SIGTERM.", rich_help_panel=SERVER)
 ]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens a reply has at most, whatever it asks for. Default: the context.", rich_help_panel=SERVER
+    ),
+]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS", help="A request that takes longer is answered 504. Default: none.", rich_help_panel=SERVER
+    ),
+]
+MaxDecodeStall = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="MS",
+        help="How long a prompt may keep replies under way waiting for their next token; 0: until its chunk is read.",
+        rich_help_panel=SERVER,
+    ),
+]
 MaxBatch = Annotated[
     int | None,
     typer.Option(min=1, help="Requests decoded together. Default: up to 8.", rich_help_panel=options.MODEL),
@@ -120,6 +141,9 @@ def serve(
     max_choices: MaxChoices = 8,
     ping: Ping = 10.0,
     grace: Grace = 20.0,
+    max_tokens: MaxTokens = None,
+    request_timeout: RequestTimeout = None,
+    max_decode_stall: MaxDecodeStall = 500,
     ram: options.Ram = None,
     max_batch: MaxBatch = None,
     context: options.Context = None,
@@ -131,6 +155,7 @@ def serve(
     prefill_chunk: options.PrefillChunk = None,
     prefix_cache: options.PrefixCache = None,
     prefix_disk: options.PrefixDisk = 0,
+    stored_plan: options.StoredPlan = True,
     config: Config = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's and Anthropic's APIs.
@@ -153,6 +178,8 @@ def serve(
         names=tuple(name or ()),
         ping_seconds=ping,
         grace_seconds=grace,
+        max_tokens=max_tokens,
+        request_timeout=request_timeout,
     )
 
     def load() -> LLM:
@@ -170,6 +197,8 @@ def serve(
                 prefill_chunk=prefill_chunk,
                 prefix_cache=prefix_cache,
                 prefix_disk=prefix_disk,
+                stored_plan=stored_plan,
+                max_decode_stall=max_decode_stall or None,
                 max_batch=max_batch,
                 progress=lambda _what, done, total: bar.update(f"Loading {model}", done, total),
             )

@@ -64,6 +64,7 @@ class Engine:
     Attributes:
         on_progress: Told how far the prompts of a step are, those of one step together; all chunks of a prompt count
             into its total.
+        preemptions: How often a sequence had to give its states up for others and read its tokens again.
         on_step: Told the sequences of a step, each with the number of its next tokens, before it runs; for recording.
     """
 
@@ -99,20 +100,32 @@ class Engine:
         """
         self.context = context
         self.on_progress: PromptProgress | None = None
+        self.preemptions = 0
         self.on_step: Callable[[list[tuple[Sequence, int]]], None] | None = None
         self._model = model
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self._prefill_chunk = prefill_chunk
-        self._scheduler = Scheduler(max_batch, states)
+        self._states = states or StateBudget()
+        self._scheduler = Scheduler(max_batch, self._states)
         self._pace = pace or Pace(None)
         self._resting: Pass | None = None
-        self._decode_next = False  # while a pass rests
+        self._decode_next = False  # replies under way have waited for a prompt
         self._prefixes = prefixes
         self._counters = counters
         self._recover = recover
         self._half_way = False
         self._ids = itertools.count()
+
+    @property
+    def states_reserved(self) -> int:
+        """Bytes that the running sequences have reserved for their states."""
+        return self._states.reserved
+
+    @property
+    def prefixes_held(self) -> int:
+        """Bytes of what prompts begin with."""
+        return self._prefixes.nbytes if self._prefixes is not None else 0
 
     @property
     def idle(self) -> bool:
@@ -267,7 +280,10 @@ class Engine:
             self._stop(sequence)
         decoding = any(s.decoding for s in self._scheduler.running)
         if self._resting is not None:
-            return self._scheduler.schedule(self._pace.room(self._prefill_chunk), apart)
+            room = self._prefill_chunk - len(self._resting.batch.ids)  # what memory is planned for
+            return self._scheduler.schedule(self._pace.room(room), apart)
+        if decoding and self._decode_next:
+            return self._scheduler.schedule(self._pace.room(self._prefill_chunk))
         chunks = self._scheduler.schedule(self._prefill_chunk)
         prompts = [(s, count) for s, count in chunks if not s.decoding]
         short = sum(count for _, count in prompts) <= self._pace.room(self._prefill_chunk)
@@ -279,6 +295,7 @@ class Engine:
             self._prefixes.keep_end((*sequence.prompt, *sequence.tokens), sequence.states)
         if not sequence.tokens:
             sequence.prompt_logprobs.clear()
+        self.preemptions += 1
         sequence.replay, sequence.computed, sequence.states = len(sequence.tokens), 0, None
 
     def _begin(self, chunks: list[tuple[Sequence, int]]) -> Pass:
@@ -300,7 +317,7 @@ class Engine:
         logits = self._pace.run(work)
         self._half_way = False
         work.io += self._counters() - before
-        self._decode_next = logits is None
+        self._decode_next = work.pausable
         if logits is None:
             self._resting = work
         return logits

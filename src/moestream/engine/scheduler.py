@@ -22,9 +22,9 @@ class Scheduler:
     short question does not wait until an agent's long prompt has been read.
     """
 
-    def __init__(self, max_batch: int, budget: StateBudget | None = None) -> None:
+    def __init__(self, max_batch: int, budget: StateBudget) -> None:
         self._max_batch = max_batch
-        self._budget = budget or StateBudget()
+        self._budget = budget
         self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []  # in order of admission
 

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from moestream.engine.engine import Engine
 from moestream.engine.receipt import Receipt
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Metrics:
         own = self.registry = CollectorRegistry()
         self.requests = Counter("moestream_requests", "HTTP requests answered", ["path", "status"], registry=own)
         self.replies = Counter("moestream_replies", "Replies ended", ["reason"], registry=own)
+        self.cached = Counter("moestream_cached_tokens", "Of them, in the prefix cache", registry=own)
         self.prompt = Counter("moestream_prompt_tokens", "Prompt tokens of ended replies", registry=own)
         self.generated = Counter("moestream_generated_tokens", "Tokens of ended replies", registry=own)
         self.first = Histogram("moestream_ttft_seconds", "To the first token", buckets=SECONDS, registry=own)
@@ -40,6 +42,7 @@ class Metrics:
         """Count a reply."""
         self.replies.labels(receipt.finish_reason).inc()
         self.prompt.inc(receipt.prompt_tokens)
+        self.cached.inc(receipt.cached_tokens)
         self.generated.inc(receipt.new_tokens)
         if receipt.ttft_s is not None:
             self.first.observe(receipt.ttft_s)
@@ -66,6 +69,7 @@ class _Engine(Collector):
         yield GaugeMetricFamily("moestream_waiting", "Sequences that wait for a place", value=waiting)
         if worker.state != "ready" or worker.llm is None:
             return
+        yield from self._states(worker.llm.runtime.engine)
         stats = worker.llm.runtime.store.stats()
         read = CounterMetricFamily("moestream_read_bytes", "Expert bytes delivered", labels=["source"])
         read.add_metric(["disk"], stats.bytes_read)
@@ -73,10 +77,23 @@ class _Engine(Collector):
         yield read
         asked = CounterMetricFamily("moestream_experts", "Experts a layer asked for", labels=["tier"])
         asked.add_metric(["host"], stats.hits)
+        asked.add_metric(["ahead"], stats.hits_ahead)
         asked.add_metric(["disk"], stats.misses)
         yield asked
+        ahead = CounterMetricFamily("moestream_ahead_bytes", "Expert bytes read before the router", labels=["use"])
+        ahead.add_metric(["used"], stats.bytes_ahead)
+        ahead.add_metric(["wasted"], stats.bytes_wasted)
+        yield ahead
         yield CounterMetricFamily("moestream_failed_reads", "Experts whose read failed for good", value=stats.failed)
         yield CounterMetricFamily("moestream_disk_busy_seconds", "With a read under way", value=stats.busy_seconds)
         yield CounterMetricFamily("moestream_stall_seconds", "Waiting for reads", value=stats.stall_seconds)
         yield GaugeMetricFamily("moestream_hit_rate", "Share of experts found in memory", value=stats.hit_rate)
         yield GaugeMetricFamily("moestream_io_overlap", "Share of reading hidden behind work", value=stats.overlap)
+
+    def _states(self, engine: Engine) -> Iterator[Metric]:
+        """Memory of sequences and prefixes."""
+        held = GaugeMetricFamily("moestream_state_bytes", "Reserved for sequences, and kept of prefixes", labels=["of"])
+        held.add_metric(["sequences"], engine.states_reserved)
+        held.add_metric(["prefixes"], engine.prefixes_held)
+        yield held
+        yield CounterMetricFamily("moestream_preemptions", "Sequences that had to read again", value=engine.preemptions)

@@ -14,7 +14,7 @@ from moestream.engine.engine import Ids
 from moestream.engine.receipt import Receipt
 from moestream.engine.sampling import Constraint, SamplingParams, TokenLogprobs
 from moestream.engine.sequence import Caller
-from moestream.errors import CheckpointError, MoestreamError, RequestError
+from moestream.errors import CheckpointError, MoestreamError
 from moestream.llm import LLM
 from moestream.server.constraints import Grammars, Shape
 from moestream.server.errors import ApiError
@@ -203,12 +203,14 @@ class Service:
 
         Raises:
             RequestError: a value is out of range.
+            ApiError: a biased token does not exist.
         """
         values = {name: value for name, value in given.items() if value is not None}
         params = replace(self.loaded.llm.default_params, **{"max_tokens": None, **values})
         vocab_size = self.loaded.llm.runtime.config.vocab_size
         if bad := [token for token, _ in params.logit_bias if token >= vocab_size]:
-            raise RequestError(f"logit_bias: token id {bad[0]} is outside the vocabulary of {vocab_size}")
+            reason = f"logit_bias: token id {bad[0]} is outside the vocabulary of {vocab_size}"
+            raise ApiError(400, reason, param="logit_bias")
         most = self.settings.max_tokens
         if most is not None and (params.max_tokens is None or params.max_tokens > most):
             params = replace(params, max_tokens=most)
