@@ -21,7 +21,7 @@ class Totals:
     read_seconds: float = 0.0
     """Of steps that read prompts."""
     write_seconds: float = 0.0
-    """Of steps that wrote tokens; the same step may do both."""
+    """Of steps that wrote tokens and have ended; the same step may do both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Activity:
     def totals(self) -> Totals:
         """What was done so far."""
         totals, step = self._now
-        return totals if step is None else _sum(totals, step, 0)
+        return totals if step is None else replace(_sum(totals, step, 0), write_seconds=totals.write_seconds)
 
     def prompt(self) -> tuple[int, int] | None:
         """(tokens read, tokens in all) of the prompts that the running step reads; None if it reads none."""

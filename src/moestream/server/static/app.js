@@ -80,6 +80,7 @@ function rename(id, title) {
 function remove(id) {
   const conversation = conversations.find((c) => c.id === id);
   stop(conversation);
+  runs.delete(id); // its reply must not be saved any more
   conversations = conversations.filter((c) => c !== conversation);
   deleteConversation(id);
   announce("Conversation deleted");

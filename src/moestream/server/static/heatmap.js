@@ -44,7 +44,9 @@ export class HeatMap {
     this.drawing = 0;
     this.drawn = 0;
     new ResizeObserver(() => this.resize()).observe(frame);
-    canvas.addEventListener("pointermove", (event) => this.point(this.cellAt(event.offsetX, event.offsetY)));
+    for (const name of ["pointerdown", "pointermove"]) {
+      canvas.addEventListener(name, (event) => this.point(this.cellAt(event.offsetX, event.offsetY)));
+    }
     canvas.addEventListener("pointerleave", () => this.point(null));
     canvas.addEventListener("blur", () => this.point(null));
     canvas.addEventListener("keydown", (event) => this.key(event));
@@ -118,7 +120,8 @@ export class HeatMap {
     const gap = Math.round((this.layers.length > 24 ? 1 : 3) * scale);
     let best = { side: 0 };
     for (let rows = 1; rows <= most; rows += 1) {
-      const columns = Math.ceil(most / rows);
+      if (most % rows) continue; // a ragged last row looks like experts that are not there
+      const columns = most / rows;
       const wide = Math.max(1, Math.floor(width / columns));
       const high = Math.max(1, Math.floor((height - gap * (this.layers.length - 1)) / (this.layers.length * rows)));
       const side = Math.min(wide, high);

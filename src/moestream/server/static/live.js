@@ -9,8 +9,10 @@ const RATE_SECONDS = 4; // rates are those of so long a time
 const DISK_SECONDS = 1;
 const PHASE_SECONDS = 10;
 const AGAIN_MS = 2000;
-const TABLE_MS = 1000;
+const TELL_MS = 1000;
 const PHASES = ["wait", "experts", "rest", "idle"];
+
+const percent = (share) => (share > 0.9995 ? "100" : (100 * share).toFixed(1));
 
 /** Difference of two counters; 0 after a restart of the server. */
 const gained = (now, then, group, name) => Math.max(0, now[group][name] - then[group][name]);
@@ -49,9 +51,10 @@ export class LiveView {
     this.samples = [];
     this.curves = { tok: [], hit: [], disk: [] };
     this.shape = "";
-    this.tabled = 0;
+    this.counts = { resident: 0, reading: 0, all: 0 };
+    this.told = 0;
     document.addEventListener("visibilitychange", () => this.restart());
-    $("map-table").addEventListener("toggle", () => this.showTable());
+    $("map-table").addEventListener("toggle", () => this.tellMap());
   }
 
   /** Watch only while somebody looks. */
@@ -116,21 +119,23 @@ export class LiveView {
       const counts = [...new Set(now.experts.filter(Boolean))];
       $("map-shape").textContent = `${now.experts.filter(Boolean).length} layers × ${counts.join(" or ")}`;
     }
-    if (now.cells === undefined) return; // nothing has changed
-    const { resident, reading, all } = this.map.update(decoded(now.cells));
-    $("count-resident").textContent = resident.toLocaleString();
-    $("count-reading").textContent = reading.toLocaleString();
-    $("count-absent").textContent = (all - resident - reading).toLocaleString();
-    $("memory").textContent = memoryNote(now, all);
-    if (performance.now() - this.tabled > TABLE_MS) {
-      this.showTable();
-      const share = Math.round((100 * resident) / all);
-      $("map").ariaLabel = `Map of experts: ${resident} of ${all} are in memory, ${share} %, ${reading} are being read. Arrow keys go through them.`;
+    if (now.cells !== undefined) {
+      this.counts = this.map.update(decoded(now.cells));
+      const { resident, reading, all } = this.counts;
+      $("count-resident").textContent = resident.toLocaleString();
+      $("count-reading").textContent = reading.toLocaleString();
+      $("count-absent").textContent = (all - resident - reading).toLocaleString();
+      $("memory").textContent = memoryNote(now, all);
     }
+    if (performance.now() - this.told > TELL_MS) this.tellMap();
   }
 
-  showTable() {
-    this.tabled = performance.now();
+  /** The map in words and as a table, for those who do not look. */
+  tellMap() {
+    this.told = performance.now();
+    const { resident, reading, all } = this.counts;
+    const share = Math.round((100 * resident) / all);
+    $("map").ariaLabel = `Map of experts: ${resident} of ${all} are in memory, ${share} %, and ${reading} are being read. Arrow keys go through them.`;
     if (!$("map-table").open) return;
     $("map-rows").replaceChildren(
       ...this.map.rows().map(([layer, ...counts]) =>
@@ -146,8 +151,8 @@ export class LiveView {
     $("tok-rate").textContent = decimal(rate);
     const [kept, ahead, missed] = ["hits", "hits_ahead", "misses"].map((name) => gained(now, then, "store", name));
     const asked = kept + ahead + missed;
-    if (asked) $("hit-rate").textContent = decimal((100 * kept) / asked);
-    $("ahead-rate").textContent = ahead ? `+ ${decimal((100 * ahead) / asked)} % read ahead in time` : "";
+    if (asked) $("hit-rate").textContent = percent(kept / asked);
+    $("ahead-rate").textContent = ahead ? `+ ${percent(ahead / asked)} % read ahead in time` : "";
     const recent = this.since(now, DISK_SECONDS);
     const seconds = Math.max(now.time - recent.time, 1e-3);
     const disk = gained(now, recent, "store", "bytes_read") / seconds;
@@ -179,7 +184,7 @@ export class LiveView {
     const then = this.since(now, RATE_SECONDS);
     const [tokens, seconds] = [gained(now, then, "steps", "prompt_tokens"), gained(now, then, "steps", "read_seconds")];
     const rate = tokens && seconds ? `, ${decimal(tokens / seconds)} tok/s` : "";
-    $("prompt-text").textContent = `${done.toLocaleString()} of ${all.toLocaleString()} tokens${rate}`;
+    $("prompt-text").textContent = `${done.toLocaleString()} of ${all.toLocaleString()}${rate}`;
     $("prompt-progress").value = done / all;
   }
 
