@@ -43,7 +43,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         RunConfig(ram=settings["ram"], threads=settings["threads"], context=longest + decoded + 8, max_batch=1),
     )
     router = peer_router(checkpoint.config, settings["routing"])
-    runtime.model.router_override = Replay(router, len(runtime.config.layers), read + decoded + FILL + 8).ids
+    replay = Replay(router, len(runtime.config.layers), read + decoded + FILL + 8)
+    runtime.model.router_override, runtime.model.predict_override = replay.ids, replay.predict
     meter = Meter(runtime)
     random = np.random.default_rng(0)
     windows: dict[str, list[tuple[float, float, int]]] = {}

@@ -80,7 +80,7 @@ def _row(name: str, runs: Sequence[Record]) -> Record:
         rates = [rate for run in good for rate in run["rates"]]
         row |= {"tok_s": statistics.median(rates), "low": min(rates), "high": max(rates), "runs": len(good)}
         row["rounds"] = {run["round"]: statistics.median(run["rates"]) for run in good}
-        for key in ("bytes_per_token", "disk_busy", "cores", "percent"):
+        for key in ("bytes_per_token", "in_flight", "cores", "percent"):
             row[key] = statistics.median(run[key] for run in good)
         row["limit"] = statistics.mode(run["limit"] for run in good)
         for key in ("disk", "memory", "int8"):
@@ -104,7 +104,7 @@ def table(summary: dict[str, list[Record]]) -> list[str]:
     for where, rows in summary.items():
         lines += ["", f"**{where}**", ""]
         lines.append(
-            "| program | tok/s (lowest, highest) | ours is | MB read a token | disk busy | cores | of ceiling |"
+            "| program | tok/s (lowest, highest) | ours is | MB read a token | reads in flight | cores | of ceiling |"
         )
         lines.append("|---|---|---|---|---|---|---|")
         for row in rows:
@@ -116,7 +116,7 @@ def table(summary: dict[str, list[Record]]) -> list[str]:
             ratio = f"{row['ours_is']:.2f}x" if "ours_is" in row else ""
             lines.append(
                 f"| {row['name']} | {row['tok_s']:.2f} ({row['low']:.2f}, {row['high']:.2f}) | {ratio} "
-                f"| {row['bytes_per_token'] / MB:.1f} | {100 * row['disk_busy']:.0f} % | {row['cores']:.2f} "
+                f"| {row['bytes_per_token'] / MB:.1f} | {row['in_flight']:.1f} | {row['cores']:.2f} "
                 f"| {row['percent']:.0f} % of {row['limit']} "
                 f"({row['memory_ceiling'] / GB:.0f} GB/s memory, {row['disk_ceiling'] / GB:.1f} disk, "
                 f"{row['int8_ceiling'] / 1e12:.2f} Tops){note} |"

@@ -206,7 +206,7 @@ def measure(finished: Finished, phase: Phase) -> dict[str, Any]:
 
     Returns:
         ``rates`` of the windows that nobody disturbed (all of them, and ``disturbed``, if there is none),
-        ``bytes_per_token``, ``disk_busy``, ``cores``, ``seconds_per_token``, or ``error``.
+        ``bytes_per_token``, ``in_flight``, ``cores``, ``seconds_per_token``, or ``error``.
     """
     windows = finished.phases.get(phase.name, [])[phase.settle :]
     if finished.error or not windows:
@@ -222,7 +222,7 @@ def measure(finished: Finished, phase: Phase) -> dict[str, Any]:
         "tokens": tokens,
         "bytes_per_token": sum(usages[i].bytes_read for i in kept) / tokens,
         "seconds_per_token": seconds / tokens,
-        "disk_busy": sum(usages[i].disk_busy * usages[i].seconds for i in kept) / seconds,
+        "in_flight": sum(usages[i].in_flight * usages[i].seconds for i in kept) / seconds,
         "cores": sum(usages[i].cores * usages[i].seconds for i in kept) / seconds,
         "others": max(usage.others for usage in usages),
     }

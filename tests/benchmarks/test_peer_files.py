@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from peer_router import BLOCK, PeerRouter, Replay, lru_hit_rate, shares
+from peer_router import BLOCK, PeerRouter, Replay, foreseen, lru_hit_rate, shares
 
 from moestream.bench.demand import token_demand
 from moestream.checkpoint.geometry import geometry
@@ -163,3 +163,16 @@ def test_a_shape_that_blocks_do_not_divide_is_refused(tmp_path) -> None:
     with pytest.raises(SystemExit, match=r"q4_k.*256"):
         peer_gguf.write_gguf(tmp_path / "x.gguf", "tiny-qwen3", None, "q4_k", "skewed")
     assert not list(tmp_path.iterdir())
+
+
+def test_guesses_at_a_trace_come_true_at_the_recall() -> None:
+    router = PeerRouter(experts=128, k=8, hidden=512)
+    trace = router.trace(0, 3000)
+    guessed = foreseen(trace, 0.7, seed=1)
+    right = [len(set(row) & set(true)) / 8 for row, true in zip(guessed.tolist(), trace.tolist(), strict=True)]
+    assert 0.68 <= sum(right) / len(right) <= 0.8  # popular experts are right by chance too
+    assert (guessed[:, 0] == trace[:, 0]).mean() > (guessed[:, -1] == trace[:, -1]).mean() + 0.3
+    replay = Replay(router, layers=1, rows=10)
+    seen = replay.predict(0, 4), replay.predict(0, 4)
+    assert (seen[0] == seen[1]).all()  # guessing changes no trace
+    assert (replay.ids(0, 4) == trace[:4]).all()

@@ -98,7 +98,7 @@ def test_the_sampler_sees_the_processor_time_of_a_process() -> None:
     usage = sampler.between(start, end)
     assert 0.2 <= usage.cores * usage.seconds <= 0.6
     assert usage.others >= -0.1
-    assert usage.bytes_read == usage.disk_busy == 0
+    assert usage.bytes_read == usage.in_flight == 0
 
 
 @linux
@@ -119,7 +119,7 @@ def record(engine: str, number: int, rates: list[float], **more: object) -> dict
         "tokens": 10,
         "bytes_per_token": 2e6,
         "seconds_per_token": 0.1,
-        "disk_busy": 0.5,
+        "in_flight": 0.5,
         "cores": 2.0,
         "disturbed": False,
         "ceilings": {"disk": 1e9, "memory": 40e9, "int8": 1e12},

@@ -83,14 +83,21 @@ class _Layer:
         self._weight = (ranks**exponent).astype(np.float32)  # [E], 1 / popularity
         self._swaps = round(num_experts * CHUNK / LIFETIME)
         self._ready = np.empty((0, 0), np.int32)
+        self._foreseen = np.empty((0, 0), np.int32)  # of the next rows, as far as it was asked for
 
     def take(self, rows: int, k: int) -> npt.NDArray[np.int32]:
         taken = self._peek(rows, k).copy()
         self._ready = self._ready[rows:]
+        self._foreseen = self._foreseen[rows:]
         return taken
 
     def predict(self, rows: int, k: int, recall: float) -> npt.NDArray[np.int32]:
-        true = self._peek(rows, k)
+        if len(self._foreseen) < rows:  # many rows at once: a step that is timed should not wait for its guesses
+            self._foreseen = self._guess(self._peek(max(rows, len(self._ready)), k), recall)
+        return self._foreseen[:rows].copy()
+
+    def _guess(self, true: npt.NDArray[np.int32], recall: float) -> npt.NDArray[np.int32]:
+        rows, k = true.shape
         waits = self._guesses.standard_exponential((rows, len(self._weight)), dtype=np.float32) * self._weight
         np.put_along_axis(waits, true, np.inf, axis=1)
         wrong = np.argpartition(waits, k - 1, axis=1)[:, :k]
