@@ -6,11 +6,16 @@ import http.client
 import json
 import re
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moestream import LLM, SamplingParams, demo, stored_plan
 from moestream.experts import activity
+from moestream.server.activity import Activity
+from moestream.server.live import probed_rate
 
 LIVE = "/v1/moestream/live"
 FILES = [
@@ -95,7 +100,7 @@ def test_view_shows_what_a_request_did(server):
     assert (used.sum(axis=1) >= 6).all()  # the experts of a token, in every layer
     gained = {name: after["steps"][name] - before["steps"][name] for name in after["steps"]}
     assert gained["new_tokens"] == receipt["new_tokens"] - 1
-    assert gained["prompt_tokens"] == receipt["prompt_tokens"] - receipt["cached_tokens"]
+    assert gained["prompt_tokens"] == pytest.approx(receipt["prompt_tokens"] - receipt["cached_tokens"])
     assert gained["step_seconds"] == pytest.approx(gained["read_seconds"] + gained["write_seconds"])
     asked = [after["store"][n] - before["store"][n] for n in ("hits", "hits_ahead", "misses")]
     assert sum(asked) == receipt["hits"] + receipt["hits_ahead"] + receipt["misses"]
@@ -144,3 +149,59 @@ def test_view_is_in_the_document(server):
     document = server.request("GET", "/openapi.json")[2]
     assert LIVE in document["paths"]
     assert "/" not in document["paths"]
+
+
+def test_account_of_steps_holds_when_a_prompt_rests():
+    """A long prompt that gives way to another's reply, layer by layer: nothing is counted twice, nothing lost."""
+    with LLM.load("demo", ram="1GB", threads=1, prefix_cache=0, max_decode_stall=1) as llm:
+        engine = llm.runtime.engine
+        seen = Activity(engine)
+        params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+        writer = engine.add([5, 6, 7], params)
+        while not writer.decoding:
+            step(engine, seen)
+        reader = engine.add(list(range(5, 405)), replace(params, max_tokens=2))
+        progress = []
+        while not reader.decoding:
+            step(engine, seen)
+            progress.append(seen.prompt())
+        written = len(writer.tokens)
+        assert written > 3  # the reply went on in between
+        known = [reading for reading in progress if reading is not None]
+        assert known == sorted(known)
+        assert {total for _, total in known} == {400}
+        assert len(set(known)) > 3
+        while not engine.idle:
+            step(engine, seen)
+    totals = seen.totals()
+    assert totals.prompt_tokens == pytest.approx(403)
+    assert totals.new_tokens == 39 + 1  # all but the first of each
+    assert 0 < totals.read_seconds < totals.step_seconds
+    assert 0 < totals.write_seconds < totals.step_seconds
+    assert seen.prompt() is None
+
+
+def step(engine, seen):
+    seen.begin_step()
+    engine.step()
+    seen.end_step()
+
+
+@pytest.mark.parametrize(
+    ("measured", "rate"),
+    [
+        ({"candidates": [{"turns": [{"disk": 2e9}, {"disk": 3e9}]}, {"turns": [{"disk": 1e9}]}]}, 3e9),
+        ({"candidates": []}, 0.0),
+        ({"candidates": [{"turns": [{"disk": "fast"}]}]}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_ceiling_of_the_disk_is_the_best_probe_of_a_stored_plan(tmp_path, monkeypatch, measured, rate):
+    monkeypatch.setenv(stored_plan.FOLDER_VARIABLE, str(tmp_path))
+    folder = Path(demo.__path__[0])
+    assert probed_rate(folder) == (0.0, "")
+    fingerprint = stored_plan.model_fingerprint(folder)
+    machine = stored_plan.machine_fingerprint()
+    plan = stored_plan.StoredPlan("arena", 10, 1 << 30, "2026-11-23T20:00:00+00:00", machine, fingerprint, measured)
+    stored_plan.save(folder, plan)
+    assert probed_rate(folder) == (rate, "2026-11-23" if rate else "")

@@ -425,6 +425,7 @@ def test_phone(server, visit, scheme):
     assert fits()
     page.locator("#map").scroll_into_view_if_needed()
     page.locator("#map").tap(position={"x": 80, "y": 30})
+    assert page.is_visible(".tip")
     assert page.inner_text(".tip").startswith("Layer ")
     shot(page, f"phone-live-{scheme}")
     page.tap("#toggle-list")

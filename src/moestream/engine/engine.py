@@ -66,6 +66,7 @@ class Engine:
             into its total.
         preemptions: How often a sequence had to give its states up for others and read its tokens again.
         on_step: Told the sequences of a step, each with the number of its next tokens, before it runs; for recording.
+        on_pass: Told each pass before it runs, and before it goes on after a rest; for onlookers.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Engine:
         self.on_progress: PromptProgress | None = None
         self.preemptions = 0
         self.on_step: Callable[[list[tuple[Sequence, int]]], None] | None = None
+        self.on_pass: Callable[[Pass], None] | None = None
         self._model = model
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
@@ -312,6 +314,8 @@ class Engine:
             self._recover()
         if work is self._resting:
             self._resting = None
+        if self.on_pass is not None:
+            self.on_pass(work)
         before = self._counters()
         self._half_way = True  # stays so when it raises, and when a second Ctrl-C ends the recovery
         logits = self._pace.run(work)

@@ -122,6 +122,8 @@ class Worker:
                     action()
             except queue.Empty:
                 pass
+            if self.activity is not None:
+                self.activity.begin_step()
             try:
                 replies.step()
             except Exception as error:  # of no single request: whatever runs has lost its place

@@ -47,7 +47,9 @@ export class HeatMap {
     for (const name of ["pointerdown", "pointermove"]) {
       canvas.addEventListener(name, (event) => this.point(this.cellAt(event.offsetX, event.offsetY)));
     }
-    canvas.addEventListener("pointerleave", () => this.point(null));
+    canvas.addEventListener("pointerleave", (event) => {
+      if (event.pointerType !== "touch") this.point(null); // a finger that is lifted has still pointed
+    });
     canvas.addEventListener("blur", () => this.point(null));
     canvas.addEventListener("keydown", (event) => this.key(event));
     this.takeColours();

@@ -152,14 +152,14 @@ export class LiveView {
     const [kept, ahead, missed] = ["hits", "hits_ahead", "misses"].map((name) => gained(now, then, "store", name));
     const asked = kept + ahead + missed;
     if (asked) $("hit-rate").textContent = percent(kept / asked);
-    $("ahead-rate").textContent = ahead ? `+ ${percent(ahead / asked)} % read ahead in time` : "";
+    $("ahead-rate").textContent = ahead ? `+ ${percent(ahead / asked)} % read ahead` : "";
     const recent = this.since(now, DISK_SECONDS);
     const seconds = Math.max(now.time - recent.time, 1e-3);
     const disk = gained(now, recent, "store", "bytes_read") / seconds;
     const cached = gained(now, recent, "store", "bytes_cached") / seconds;
     [$("disk-rate").textContent, $("disk-unit").textContent] = bytes(disk).split(" ");
     const { rate: ceiling, measured } = now.disk_ceiling;
-    $("disk-ceiling").textContent = ceiling ? `of ${bytes(ceiling)}/s, ${measured ? `measured ${measured}` : "the most seen here"}` : "";
+    $("disk-ceiling").textContent = ceiling ? `of ${bytes(ceiling)}/s ${measured ? `measured ${measured}` : "seen at most"}` : "";
     $("disk-meter").style.width = `${ceiling ? Math.min(100, (100 * disk) / ceiling) : 0}%`;
     $("page-rate").textContent = cached ? `${bytes(cached)}/s from the page cache` : "";
     $("running").textContent = now.running;

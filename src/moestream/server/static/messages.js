@@ -3,7 +3,7 @@
 import { bytes, copy, decimal, grow, h, speak } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
-const ENDS = { length: "cut off: the most tokens were reached", stopped: "stopped" };
+const ENDS = { length: "cut off by the limit of tokens", stopped: "stopped" };
 
 /** What a reply cost, from its receipt: the line, and all of it in a table. */
 function receiptView(message) {

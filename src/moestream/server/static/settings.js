@@ -4,7 +4,8 @@ import { apiKey, keyRemembered, setApiKey } from "./api.js";
 import { $ } from "./dom.js";
 import { loadSettings, saveSettings } from "./storage.js";
 
-const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
+const PENALTIES = ["repetition_penalty", "presence_penalty", "frequency_penalty"];
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", ...PENALTIES, "max_tokens", "seed"];
 const TEXTS = ["system", "thinking", "theme", "tools"];
 
 let settings = loadSettings();
