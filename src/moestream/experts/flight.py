@@ -9,8 +9,6 @@ import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from moestream.experts.reader import TICKET, Reader, ReadFailure
 from moestream.ops.base import I64
 
@@ -47,14 +45,15 @@ class Flight:
 
     def submit(self, keys: list[int], ranges: I64, ahead: bool) -> None:
         """Read keys as one batch, ranges [m, G, 5]; ``ahead``: after all that is waited for."""
-        self._submit([Read(key, r, ahead) for key, r in zip(keys, ranges, strict=True)])
+        self._submit([Read(key, r, ahead) for key, r in zip(keys, ranges, strict=True)], ranges)
 
-    def _submit(self, reads: list[Read]) -> None:
+    def _submit(self, reads: list[Read], ranges: I64) -> None:
+        """Queue reads, whose ``ranges`` are rows of [m, G, 5]."""
         first = self._next_ticket
         self._next_ticket += len(reads)
-        batch = np.stack([read.ranges for read in reads])  # [m, G, 5]
-        batch[:, :, TICKET] = np.arange(first, self._next_ticket)[:, None]
-        self.reader.submit(batch.reshape(-1, 5), reads[0].ahead)
+        for ticket, row in enumerate(ranges, first):
+            row[:, TICKET] = ticket
+        self.reader.submit(ranges.reshape(-1, 5), reads[0].ahead)
         for ticket, read in enumerate(reads, first):
             self._reads[ticket] = read
             self._ticket[read.key] = ticket
@@ -87,9 +86,9 @@ class Flight:
             read = self._end(failure.ticket)
             if failure.code == errno.EIO and not read.retried:
                 read.retried = True
-                self._submit([read])
+                self._submit([read], read.ranges[None])
             elif failure.code == errno.ECANCELED and not read.ahead:
-                self._submit([read])
+                self._submit([read], read.ranges[None])
             else:
                 lost.append((read, failure))
         return landed, lost

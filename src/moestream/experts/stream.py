@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,7 +48,8 @@ class ExpertStream:
         self._starts = np.array(bounds, np.int32)  # [n + 1]
         self._experts = grouped[self._starts[:-1]]  # [n]
         self._keys: list[int] = (self._experts + plan.first_key).tolist()
-        self._policy.record(layer, self._keys, np.diff(self._starts).tolist(), len(ids))
+        self._counts = [end - start for start, end in pairwise(bounds)]  # [n]
+        self._policy.record(layer, self._keys, self._counts, len(ids))
 
         self._abandoned = False
         self._current: list[int] = []  # in the wave being used
@@ -161,8 +163,9 @@ class ExpertStream:
         experts, starts, pairs = self._experts, self._starts, self._pairs
         if len(chosen) < len(self._keys):
             experts = experts[chosen]
-            pairs = np.concatenate([pairs[starts[i] : starts[i + 1]] for i in chosen])
-            starts = np.concatenate([[0], np.cumsum(np.diff(starts)[chosen])], dtype=np.int32)
+            rows = [pairs[starts[i] : starts[i + 1]] for i in chosen]
+            pairs = np.concatenate(rows) if len(rows) > 1 else rows[0]
+            starts = np.array([0, *accumulate(self._counts[i] for i in chosen)], np.int32)
         slot_of = self._policy.slot_of
         slots = np.array([slot_of[self._keys[i]] for i in chosen], np.int64)
         offsets = self._plan.part_offsets[experts] + (slots * self._store.arena.slot_nbytes)[:, None]  # [n, P]
