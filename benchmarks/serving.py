@@ -173,6 +173,7 @@ async def level(client: httpx.AsyncClient, count: int, seconds: float, seed: int
         "ttft": spread([s.ttft for s in streams]),
         "gap": spread([gap for s in streams for gap in s.gaps(start, end)]),
         "bytes_per_token": read / new,
+        "wasted_per_token": change['moestream_ahead_bytes_total{use="wasted"}'] / new,
         "hit_rate": asked["host"] / max(1.0, sum(asked.values())),
         "read_gb_s": read / (end - start) / 1e9,
     }
@@ -190,7 +191,8 @@ async def levels(url: str, counts: list[int], seconds: float) -> list[dict[str, 
                 f"{count:3} requests  {row['tok_s']:6.1f} tok/s  "
                 f"first {row['ttft']['p50']:.2f} / {row['ttft']['p95']:.2f} s  "
                 f"gap {1000 * row['gap']['p50']:.0f} / {1000 * row['gap']['p95']:.0f} ms  "
-                f"{row['bytes_per_token'] / 1e6:.0f} MB/token  {100 * row['hit_rate']:.1f} % hits  "
+                f"{row['bytes_per_token'] / 1e6:.0f} MB/token "
+                f"({row['wasted_per_token'] / 1e6:.0f} for nothing)  {100 * row['hit_rate']:.1f} % hits  "
                 f"{row['read_gb_s']:.2f} GB/s",
                 flush=True,
             )

@@ -1,10 +1,10 @@
 """Expert ids for several requests at a time, on random weights: what they share and what is their own.
 
-One request alone routes as ``checkpoint/routing.py`` says. Of several, a share of a layer's experts are as popular with
-one as with the other, and the rest have another popularity with each. 1 is right for requests about the same things. In
-the trained model of this package, requests about different things agree about half as much: their choices overlap beyond
-chance 0.47 times as much as those of one request at distant tokens (8 prompts, 140 tokens each: 0.178 across, 0.210
-within, 0.150 by chance). Popularities move over time.
+One request alone routes as ``checkpoint/routing.py`` says. Of several, a share of a layer's experts are as popular
+with one as with the other, and the rest have another popularity with each. 1 is right for requests about the same
+things. In the trained model of this package, requests about different things agree about half as much: their choices
+overlap beyond chance 0.47 times as much as those of one request at distant tokens (8 prompts, 140 tokens each: 0.178
+across, 0.210 within, 0.150 by chance). Popularities move over time.
 
 Shape letters: R rows, E experts, k experts per token.
 """
