@@ -78,10 +78,19 @@ class RequestRouter:
         return self._rows(layer, rows, take=True)
 
     def predict(self, layer: int, rows: int) -> I32:
-        """What a predictor would say before [R, k]; the surest first, as ``SyntheticRouter.predict``."""
+        """What a predictor would say before [R, k]; the surest first, as ``SyntheticRouter.predict``.
+
+        Wrong ids are experts that are popular now: in sweeps those of other tokens.
+        """
+        assert self._batch is not None
         true = self._rows(layer, rows, take=False)
         chance = 1.0 - (1.0 - RECALL) * (2 * np.arange(self._k) + 1) / self._k  # [k]
-        wrong = self._random.integers(0, self._weight.shape[1], true.shape, np.int32)
+        parts = []
+        for segment, start in ((s, s.start) for s in self._batch.segments):
+            own = true[start : start + segment.length]
+            alone = segment.length == 1
+            parts.append(self._draw(self._requests[segment.states], layer, 1) if alone else np.roll(own, 1, axis=0))
+        wrong = np.concatenate(parts)
         taken = (wrong[:, :, None] == true[:, None, :]).any(2)
         return np.where((self._random.random(true.shape) < chance) | taken, true, wrong).astype(np.int32)
 
