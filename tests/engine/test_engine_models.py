@@ -1,11 +1,16 @@
 """The engine on real tiny models: what ``transformers`` generated, in any company and any chunking."""
 
+import itertools
+
 import numpy as np
 import pytest
 from golden_models import GREEDY, PROMPTS, Golden, ResidentExperts, assert_close
 
 from moestream.engine.engine import Engine
+from moestream.engine.pace import Pace
+from moestream.engine.prefix import PrefixCache
 from moestream.engine.sampling import SamplingParams
+from moestream.engine.state_budget import StateBudget
 from moestream.errors import ReadError
 from moestream.models.registry import parse_config
 from moestream.models.weights import map_weights
@@ -37,6 +42,43 @@ def test_generates_what_transformers_generates(tiny, exact_ops, experts, max_bat
     engine = make(tiny, exact_ops, experts, max_batch=max_batch, prefill_chunk=chunk)
     for sequence, p in zip(run(engine, [tiny.ids(p)[:-GREEDY] for p in PROMPTS]), PROMPTS, strict=True):
         assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+
+
+def test_rests_between_layers_change_nothing(tiny, exact_ops, experts):
+    """Every sweep rests after each of its layers, for a token of those that decode."""
+    ticks = itertools.count()
+    pace = Pace(0.0, lambda: float(next(ticks)))
+    engine = make(tiny, exact_ops, experts, max_batch=3, prefill_chunk=37, pace=pace)
+    sequences = []
+    for p in PROMPTS:
+        sequences.append(engine.add(tiny.ids(p)[:-GREEDY], PARAMS))
+        for _ in range(3):
+            engine.step()
+    while not engine.idle:
+        engine.step()
+    for sequence, p in zip(sequences, PROMPTS, strict=True):
+        assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_states_given_up_and_read_again_change_nothing(tiny, exact_ops, experts, monkeypatch, cached):
+    monkeypatch.setattr("moestream.engine.state_budget.PAGE", 4)
+    prompts = [tiny.ids(p)[:-GREEDY] for p in PROMPTS]
+    budget = StateBudget(sum(map(len, prompts)) + 3 * len(prompts) + 4, per_token=1)
+    config, _ = parse_config(tiny.checkpoint.config)
+    prefixes = PrefixCache(1 << 30, any(plan.mixer == "delta_net" for plan in config.layers)) if cached else None
+    engine = make(tiny, exact_ops, experts, states=budget, prefixes=prefixes)
+    sequences = run(engine, prompts)
+    assert engine.preemptions > 0
+    assert budget.reserved == 0
+    for sequence, p in zip(sequences, PROMPTS, strict=True):
+        assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+
+
+def test_equal_prompts_start_from_the_same_states(tiny, exact_ops, experts):
+    prompt = tiny.ids(0)[:-GREEDY]
+    for sequence in run(make(tiny, exact_ops, experts), [prompt] * 3):
+        assert sequence.tokens == tiny.ids(0)[-GREEDY:].tolist()
 
 
 def test_logits_match_in_sweeps(tiny, exact_ops, experts):

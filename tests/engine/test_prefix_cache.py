@@ -116,6 +116,18 @@ def test_a_prompt_serves_others_while_it_is_still_answered(setup):
     assert second.tokens == first.tokens
 
 
+def test_prompts_sent_together_read_what_they_share_once(setup):
+    """As agents do that start several others at once; a prompt that shares little does not wait."""
+    system = setup.ids(300, 0, ends=[299])
+    prompts = [system + setup.ids(40 + seed, seed + 1) for seed in range(4)]
+    other = system[:100] + setup.ids(300, 9)
+    engine = setup.engine()
+    sequences = ask(engine, *prompts, other)
+    assert [s.cached for s in sequences] == [0, 300, 300, 300, 0]
+    for sequence, prompt in zip(sequences, [*prompts, other], strict=True):
+        assert sequence.tokens == ask(setup.engine(0), prompt)[0].tokens
+
+
 def test_budget_is_kept_and_the_oldest_goes(setup):
     engine = setup.engine()
     ask(engine, setup.ids(120, 0))

@@ -8,15 +8,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections import abc
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moestream.engine.pace import Pace
-from moestream.engine.passes import Pass, PromptProgress, batch_of, prompt_progress, score_prompt
+from moestream.engine.passes import EngineModel, Pass, PromptProgress, batch_of, prompt_progress, score_prompt
 from moestream.engine.prefix import PrefixCache
 from moestream.engine.receipt import FinishReason, IoCounters, Usage
 from moestream.engine.sampling import Constraint, Sampler, SamplingParams, TokenLogprobs
@@ -25,23 +24,9 @@ from moestream.engine.sequence import Caller, Sequence
 from moestream.engine.state_budget import StateBudget
 from moestream.errors import MoestreamError, RequestError
 from moestream.models.batch import Batch
-from moestream.models.states import SequenceStates
 from moestream.ops.base import F32, I64
 
 Ids = abc.Sequence[int] | npt.NDArray[np.integer]
-
-
-class EngineModel(Protocol):
-    """What the engine needs of a model."""
-
-    def new_states(self, limit: int | None = None) -> SequenceStates:
-        """States of a sequence of up to ``limit`` tokens."""
-
-    def forward(self, batch: Batch) -> F32:
-        """Logits [N, V]; advances the states and fills ``batch.failures``."""
-
-    def layers(self, batch: Batch) -> Generator[None, None, F32]:
-        """The same with a rest after each layer, during which another batch may run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +159,7 @@ class Engine:
         limit = self.context if params.max_tokens is None else min(self.context, len(tokens) + params.max_tokens)
         usage = Usage(time.perf_counter())
         sequence = Sequence(next(self._ids), tokens, params, sampler, usage, limit, caller or Caller())
-        self._scheduler.add(sequence)
+        self._scheduler.add(sequence, self._prefixes.kept if self._prefixes is not None else None)
         return sequence
 
     def logits(self, ids: Ids) -> F32:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -14,10 +15,24 @@ from moestream.engine.receipt import IoCounters
 from moestream.engine.sampling import token_logprobs
 from moestream.engine.sequence import Sequence
 from moestream.models.batch import Batch
+from moestream.models.states import SequenceStates
 from moestream.ops.base import F32
 
 PromptProgress = Callable[[int, int], None]
 """Called with (done, total), both in layers x prompt tokens, after each layer of a step that reads prompts."""
+
+
+class EngineModel(Protocol):
+    """What the engine needs of a model."""
+
+    def new_states(self, limit: int | None = None) -> SequenceStates:
+        """States of a sequence of up to ``limit`` tokens."""
+
+    def forward(self, batch: Batch) -> F32:
+        """Logits [N, V]; advances the states and fills ``batch.failures``."""
+
+    def layers(self, batch: Batch) -> Generator[None, None, F32]:
+        """The same with a rest after each layer, during which another batch may run."""
 
 
 @dataclass(slots=True, eq=False)

@@ -78,6 +78,12 @@ class PrefixCache:
             states.marks = tuple(sorted(m for m in self._marks(ids, branch) if m >= max(done + 1, SHORTEST)))
         return done
 
+    def kept(self, prompt: abc.Sequence[int], most: int) -> int:
+        """The largest length, up to ``most``, of a prompt's beginning that is kept once the prompt has been read."""
+        if not self._recurrent:
+            return min(most, len(prompt))
+        return max((m for m in self._marks(np.asarray(prompt, np.int32), 0) if SHORTEST <= m <= most), default=0)
+
     def keep(self, tokens: abc.Sequence[int], states: SequenceStates) -> None:
         """Take the snapshots that a prompt, now read to its end, was marked for."""
         for length, deltas in sorted(states.marked.items()):

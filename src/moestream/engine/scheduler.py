@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, abc
+from collections.abc import Callable
 
 from moestream.engine.sequence import Sequence
 from moestream.engine.state_budget import StateBudget
 
 SCORED_ROWS = 128
 """Prompt tokens of a step whose log probabilities are wanted: their logits are 4 bytes x vocabulary each."""
+WORTH_WAITING = 256
+"""Tokens that two prompts must begin with alike for one to wait until the other has read them."""
+Kept = Callable[[abc.Sequence[int], int], int]
+"""Of a prompt, the largest length up to a bound after which its states will be kept."""
 PATIENCE = 16
 """After so many later ones were served before it a sequence goes first, whatever its priority: nobody starves."""
 
@@ -38,11 +43,16 @@ class Scheduler:
         """Sequences with a place, some of which may still read their prompt."""
         return tuple(self._running)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, behind the one that reads the same prompt if there is one."""
+    def add(self, sequence: Sequence, kept: Kept | None = None) -> None:
+        """Queue a sequence; behind one that is about to read the same prompt or a good deal of it, if there is one.
+
+        Args:
+            sequence: Without states.
+            kept: How far a sequence's states will be kept for others that begin alike.
+        """
         if sequence.params.prompt_logprobs is None:
-            same = (s for s in (*self._running, *self._waiting) if s.prompt == sequence.prompt)
-            sequence.leader = next((s for s in same if _can_lead(s)), None)
+            others = (s for s in (*self._running, *self._waiting) if _can_lead(s))
+            sequence.leader = next((s for s in others if _spares(s, sequence, kept)), None)
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -66,7 +76,7 @@ class Scheduler:
         admitted = []
         for sequence in [s for s in self._waiting if s.leader is leader]:
             sequence.leader = None
-            if self._has_place(sequence) and self._budget.take(sequence):
+            if sequence.prompt == leader.prompt and self._has_place(sequence) and self._budget.take(sequence):
                 self._take_place(sequence)
                 admitted.append(sequence)
         return admitted
@@ -136,6 +146,18 @@ class Scheduler:
         sequence.overtaken = 0
         sequence.leader = None
         self._running.append(sequence)
+
+
+def _spares(leader: Sequence, sequence: Sequence, kept: Kept | None) -> bool:
+    """Whether waiting for the leader's prompt costs less than reading one's own."""
+    if leader.prompt == sequence.prompt:
+        return True
+    if kept is None or leader.prompt[:WORTH_WAITING] != sequence.prompt[:WORTH_WAITING]:
+        return False
+    pairs = enumerate(zip(leader.prompt, sequence.prompt, strict=False))
+    common = next((i for i, (a, b) in pairs if a != b), min(len(leader.prompt), len(sequence.prompt)))
+    spared = kept(leader.prompt, common)
+    return spared >= WORTH_WAITING and 2 * spared >= max(len(leader.prompt), len(sequence.prompt))
 
 
 def _can_lead(sequence: Sequence) -> bool:

@@ -34,7 +34,7 @@ class Sequence:
     """Tokens of prompt and reply it may have at most."""
     caller: Caller = field(default_factory=Caller)
     leader: Sequence | None = None
-    """Reads the same prompt; while it does, this one waits and then starts from its states."""
+    """Reads the same prompt or its beginning; while it does, this one waits and then starts from its states."""
     overtaken: int = 0
     """How many later ones have been served before it."""
     reserved: int = 0
