@@ -245,12 +245,12 @@ def main() -> None:
     parser.add_argument("--turn", type=int, default=4096, help="tokens of the first turn")
     parser.add_argument("--long", type=int, default=15_000, help="tokens of the long prompt")
     parser.add_argument("--stalls", default="0,500", help="values of --max-decode-stall")
-    parser.add_argument("flags", nargs="*", help="more flags for moestream serve, after --")
+    parser.add_argument("--flags", default="", help="more flags for moestream serve, in one argument")
     options = parser.parse_args()
     parts, facts = options.parts.split(","), {"model": options.model.name, "ram": options.ram, "flags": options.flags}
     with tempfile.TemporaryDirectory() as made:
         model = with_tokenizer(options.model.resolve(), Path(made))
-        usual = ("--ram", options.ram, *options.flags)
+        usual = ("--ram", options.ram, *options.flags.split())
         if "levels" in parts:
             counts = [int(n) for n in options.levels.split(",")]
             for shared in options.shared.split(","):

@@ -21,7 +21,7 @@ from moestream.system import default_budget, rss
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
-SHORT = 1024  # tokens of a short sequence: as many may run as the states of the full ones would hold
+SHORT = 1024  # tokens of a short sequence: as many may run as their states fit where those of the full ones would
 STATES_SHARE = 8  # states of more than one sequence leave the experts seven eighths of what they could have without
 FLOAT32 = 4
 LIVE_RESIDUALS = 6  # arrays [T, H] alive at once: residual, normed, mixer or shared output, their sums, kernel copies
@@ -118,24 +118,25 @@ def plan_memory(
     experts = len(tables) * config.moe.experts
     minimum = active if tables else 0
 
-    def fixed_with(full: int, chunk: int) -> dict[str, int]:
+    def fixed_with(states: int, chunk: int) -> dict[str, int]:
         scratch = _scratch_nbytes(config, chunk, batch, active)
-        return {**resident, "states": full * sequence, "scratch": scratch, "prefixes": prefixes}
+        return {**resident, "states": states, "scratch": scratch, "prefixes": prefixes}
 
     def left_with(chunk: int) -> int:
-        return budget - sum(fixed_with(full, chunk).values())
+        return budget - sum(fixed_with(states, chunk).values())
 
     full = batch = run.max_batch or DEFAULT_BATCH
-    while full > 1 and not _leaves_room(budget, fixed_with(full, run.prefill_chunk or CHUNK)):
+    while full > 1 and not _leaves_room(budget, fixed_with(full * sequence, run.prefill_chunk or CHUNK)):
         full -= 1
     short = min(context, SHORT) * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)
-    batch = min(batch, full * sequence // short)
+    states = max(full * sequence, (run.max_batch or 1) * short)
+    batch = min(batch, states // short)
     wanted = experts if most_slots is None else max(minimum, min(experts, most_slots))
     if run.cache in ("page", "none") and tables:  # slots only receive the reads of one layer
         wanted = min(config.moe.experts, max(active * batch, run.io_threads))
     streamed = min(wanted, left_with(CHUNK) // slot) < experts
     chunk = run.prefill_chunk or _choose_chunk(left_with, minimum * slot, streamed)
-    fixed, left = fixed_with(full, chunk), left_with(chunk)
+    fixed, left = fixed_with(states, chunk), left_with(chunk)
     if left < minimum * slot:
         raise _too_small(budget, fixed, minimum * slot, context)
     return MemoryPlan(
@@ -199,7 +200,7 @@ def _too_small(budget: int, fixed: dict[str, int], slots: int, context: int) -> 
         f"the memory budget is {format_size(budget)}, but at least {format_size(need)} are needed:\n"
         f"  {format_size(fixed['baseline'])} process\n"
         f"  {format_size(fixed['dense'])} resident weights\n"
-        f"  {format_size(fixed['states'])} states of {context} tokens (lower --context)\n"
+        f"  {format_size(fixed['states'])} states of {context} tokens (lower --context or --max-batch)\n"
         f"  {format_size(fixed['scratch'])} working memory (lower --prefill-chunk)\n"
         + (f"  {format_size(fixed['prefixes'])} prefixes (lower --prefix-cache)\n" if fixed["prefixes"] else "")
         + f"  {format_size(slots)} expert slots for one token\n"
