@@ -28,7 +28,7 @@ def requests():
 
 
 def text_of(choice):
-    return choice["text"] if "text" in choice else choice.get("delta", choice.get("message"))["content"] or ""
+    return choice["text"] if "text" in choice else choice.get("delta", choice.get("message")).get("content") or ""
 
 
 class Client(threading.Thread):
