@@ -1,26 +1,17 @@
-"""The web page in headless Chromium, with real servers of the model in the package.
+"""The web page's conversations in headless Chromium, with real servers of the model in the package.
 
-Run as ``apt-get install chromium && pip install playwright && pytest -m browser tests/server``. ``MOESTREAM_CHROMIUM``
-names another executable, ``MOESTREAM_SHOTS`` a folder for screenshots.
+Run as ``apt-get install chromium && pip install playwright axe-playwright-python && pytest -m browser tests/server``.
+``MOESTREAM_CHROMIUM`` names another executable, ``MOESTREAM_SHOTS`` a folder for screenshots.
 """
 
 import contextlib
-import importlib.util
 import json
-import os
-import re
-import shutil
 from pathlib import Path
 
-import pytest
 from server_process import SMALL, running
+from web_page import ask, endless, needs_browser, replies, running_requests, settled, shot, until, writing
 
-CHROMIUM = os.environ.get("MOESTREAM_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="needs playwright (PyPI)"),
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)"),
-]
+pytestmark = needs_browser
 KEY = "secret-key-1"
 ADD = {
     "type": "function",
@@ -49,90 +40,6 @@ HOSTILE = """# Title
 ```
 <iframe src="https://evil.example"></iframe><style>* { display: none }</style>
 """
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(chromium):
-    """Opens pages that must not complain, nor ask anybody but their server."""
-    contexts, problems = [], []
-
-    def opened(url, *, width=1280, height=800, ready=True, **options):
-        context = chromium.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-        page.on(
-            "console",
-            lambda m: (
-                problems.append(m.text) if m.type == "error" and not m.text.startswith("Failed to load") else None
-            ),
-        )
-        page.on("request", lambda r: None if r.url.startswith(url) else problems.append(f"asked {r.url}"))
-        page.goto(url)
-        if ready:
-            page.wait_for_selector("#send:enabled")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not problems
-
-
-def until(page, condition):
-    """Wait until JavaScript is true; Playwright's own way needs eval, which the page forbids."""
-    for _ in range(600):
-        if page.evaluate(condition):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(condition)
-
-
-def shot(page, name):
-    if folder := os.environ.get("MOESTREAM_SHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
-def ask(page, text, *, wait=True):
-    page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
-    if wait:
-        settled(page)
-
-
-def settled(page):
-    page.wait_for_selector("#send:visible")
-
-
-def endless(page, **more):
-    """So hot that hardly a reply ends by itself; through the dialog, as people do it."""
-    page.click("#open-settings")
-    for name, value in {"temperature": 50, "top_k": 0, "top_p": 1, **more}.items():
-        page.fill(f"[name={name}]", str(value))
-    page.click("button[value=save]")
-
-
-def writing(page):
-    until(page, "document.querySelector('.running .text')?.textContent.length > 20")
-
-
-def replies(page):
-    return page.locator(".assistant > .text").all_inner_texts()
-
-
-def running_requests(server):
-    return server.request("GET", "/v1/moestream/live")[2]["running"]
 
 
 def test_reply_streams_and_is_kept_in_the_browser(server, visit):
@@ -236,71 +143,6 @@ def test_conversations_go_on_in_the_background(server, visit):
     assert page.locator("#conversations .open").all_inner_texts() == ["Renamed"]
 
 
-def map_pixels(page):
-    return page.evaluate("document.getElementById('map').toDataURL()")
-
-
-def test_map_moves_while_the_machine_works(server, visit):
-    page = visit(server.url, width=1400)
-    page.wait_for_selector("#map")
-    until(page, "document.getElementById('count-resident').textContent != ''")
-    assert page.inner_text("#map-shape") == "12 layers × 40"
-    endless(page)
-    page.wait_for_timeout(1500)
-    still = map_pixels(page)
-    assert map_pixels(page) == still
-    ask(page, "Tell me a story", wait=False)
-    writing(page)
-    until(page, "Number(document.getElementById('tok-rate').textContent) > 1")
-    seen = {map_pixels(page)}
-    for _ in range(4):
-        page.wait_for_timeout(300)
-        seen.add(map_pixels(page))
-    assert len(seen | {still}) > 3
-    assert page.inner_text("#running") == "1"
-    assert float(page.inner_text("#hit-rate")) > 0
-    shares = [page.inner_text(f"#share-{name}") for name in ("wait", "experts", "rest", "idle")]
-    assert 97 <= sum(int(share.removesuffix(" %")) for share in shares) <= 103
-    page.click("#enlarge")
-    shot(page, "map")
-    page.click("#stop")
-    settled(page)
-
-
-def test_map_without_eyes_and_without_a_mouse(server, visit):
-    page = visit(server.url, width=1400, reduced_motion="reduce")
-    until(page, "document.getElementById('count-resident').textContent != ''")
-    ask(page, "What is 2 + 2?")
-    page.wait_for_timeout(700)
-    page.focus("#map")
-    page.keyboard.press("Home")
-    assert re.fullmatch(r"Layer 0, expert 0: (in memory|on disk|being read), .*", page.inner_text(".tip"))
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("PageDown")
-    assert page.inner_text(".tip").startswith("Layer 1, expert 1:")
-    page.keyboard.press("End")
-    assert page.inner_text(".tip").startswith("Layer 11, expert 39:")
-    page.keyboard.press("Escape")
-    assert not page.is_visible(".tip")
-    until(page, "/: [1-9][0-9]* of 480 are in memory/.test(document.getElementById('map').ariaLabel)")
-    page.click("#map-table summary")
-    until(page, "document.querySelectorAll('#map-rows tr').length == 12")
-    resident = [int(row) for row in page.locator("#map-rows tr td:nth-child(3)").all_inner_texts()]
-    assert sum(resident) == int(page.inner_text("#count-resident"))
-    page.locator("#map").hover(position={"x": 60, "y": 10})
-    assert page.inner_text(".tip").startswith("Layer 0, expert ")
-
-
-def test_nobody_is_watched_while_nobody_looks(server, visit):
-    page = visit(server.url, width=1400)
-    until(page, "document.getElementById('count-resident').textContent != ''")
-    with page.expect_event("requestfailed", lambda r: r.url.endswith("/live")):
-        page.click("#close-live")
-    assert page.evaluate("document.activeElement.id") == "toggle-live"
-    with page.expect_request("**/v1/moestream/live"):
-        page.click("#toggle-live")
-
-
 def test_tool_calls_are_shown_and_answered(server, visit):
     page = visit(server.url)
     page.click("#open-settings")
@@ -316,7 +158,7 @@ def test_tool_calls_are_shown_and_answered(server, visit):
 
     page.route("**/v1/chat/completions", forced)
     ask(page, "What is 3 + 4? Use add.")
-    assert page.locator(".call h4").first.inner_text() == "Calls add"
+    assert page.locator(".call h3").first.inner_text() == "Calls add"
     called = json.loads(page.locator(".call pre").first.inner_text())
     assert set(called) == {"a", "b"}
     page.unroute("**/v1/chat/completions")
@@ -403,59 +245,6 @@ def test_what_a_model_writes_is_never_used_as_html(server, visit):
     assert '<b onclick="window.hurt = 4">x</b>' in found["text"]
     assert found["same"]  # pieces make the same as the whole
     assert page.evaluate("window.hurt") is None
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_phone(server, visit, scheme):
-    page = visit(server.url, width=390, height=780, has_touch=True, is_mobile=True, color_scheme=scheme)
-
-    def fits():
-        return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
-    assert not page.is_visible("#list")
-    page.fill("#prompt", "What is the capital of France?")
-    page.tap("#send")
-    settled(page)
-    assert replies(page)[0]
-    assert fits()
-    shot(page, f"phone-{scheme}")
-    page.tap("#toggle-live")
-    page.wait_for_selector("#map:visible")
-    until(page, "document.getElementById('count-resident').textContent != ''")
-    assert fits()
-    page.locator("#map").scroll_into_view_if_needed()
-    page.locator("#map").tap(position={"x": 80, "y": 30})
-    assert page.is_visible(".tip")
-    assert page.inner_text(".tip").startswith("Layer ")
-    shot(page, f"phone-live-{scheme}")
-    page.tap("#toggle-list")
-    assert page.is_visible("#list")
-    assert not page.is_visible("#live")
-    assert fits()
-    page.tap("#conversations .open")
-    assert not page.is_visible("#list")
-    page.tap("#open-settings")
-    assert fits()
-    box = page.locator("#settings").bounding_box()
-    assert box["width"] <= 390
-    shot(page, f"phone-settings-{scheme}")
-
-
-def test_page_by_keyboard(server, visit):
-    page = visit(server.url)
-    page.focus(".skip")
-    page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.id") == "prompt"
-    page.keyboard.type("Two")
-    page.keyboard.press("Shift+Enter")
-    page.keyboard.type("lines")
-    assert page.input_value("#prompt") == "Two\nlines"
-    page.keyboard.press("Enter")
-    settled(page)
-    assert page.locator(".user > .text").inner_text() == "Two\nlines"
-    names = page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea")]
-      .filter((e) => !(e.textContent.trim() || e.ariaLabel || e.labels?.length)).map((e) => e.outerHTML)""")
-    assert names == []  # everything that can be used has a name
 
 
 def test_server_that_goes_and_comes_back(visit):

@@ -239,6 +239,7 @@ function listen() {
   $("enlarge").addEventListener("click", () => {
     const large = $("columns").classList.toggle("large");
     $("enlarge").ariaPressed = String(large);
+    setPanel("list", !large);
   });
 }
 

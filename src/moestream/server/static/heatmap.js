@@ -231,9 +231,11 @@ export class HeatMap {
   drawCursor() {
     if (this.at === null) return;
     const { x, y } = this.place(this.at);
-    this.context.strokeStyle = this.ink;
-    this.context.lineWidth = 2 * this.grid.scale;
-    this.context.strokeRect(x, y, this.grid.wide, this.grid.high);
+    for (const [colour, width] of [[this.paper, 5], ["#fff", 2]]) {
+      this.context.strokeStyle = colour;
+      this.context.lineWidth = width * this.grid.scale;
+      this.context.strokeRect(x, y, this.grid.wide, this.grid.high);
+    }
   }
 
   /** Where a cell lies on the canvas, device pixels. */

@@ -54,7 +54,7 @@ class ReplyView {
     this.element = h(
       "li",
       { class: "message assistant" },
-      h("h3", { class: "unseen" }, "Reply"),
+      h("h2", { class: "unseen" }, "Reply"),
       this.thinking,
       this.text,
       this.calls,
@@ -86,7 +86,7 @@ class ReplyView {
     this.message.calls.forEach((call, index) => {
       if (!this.callNodes[index]) {
         const code = h("pre", { tabIndex: 0 });
-        this.calls.append(h("section", { class: "call", "aria-label": `Call of ${call.name}` }, h("h4", {}, `Calls ${call.name}`), code));
+        this.calls.append(h("section", { class: "call", "aria-label": `Call of ${call.name}` }, h("h3", {}, `Calls ${call.name}`), code));
         this.callNodes[index] = code;
       }
       this.callNodes[index].textContent = pretty(call.arguments);
@@ -120,7 +120,7 @@ function userView(message, actions) {
   const text = h("div", { class: "text" }, message.content);
   const edit = h("button", { type: "button" }, "Edit");
   const buttons = h("div", { class: "actions" }, edit, h("button", { type: "button", onclick: () => copy(message.content) }, "Copy"));
-  const element = h("li", { class: "message user" }, h("h3", { class: "unseen" }, "You"), text, buttons);
+  const element = h("li", { class: "message user" }, h("h2", { class: "unseen" }, "You"), text, buttons);
   edit.addEventListener("click", () => {
     const area = h("textarea", { value: message.content, "aria-label": "Your message", oninput: () => grow(area) });
     const close = () => {
@@ -153,7 +153,7 @@ function userView(message, actions) {
 }
 
 function toolView(message) {
-  return h("li", { class: "message tool" }, h("h3", {}, `Result of ${message.name}`), h("pre", { tabIndex: 0 }, message.content));
+  return h("li", { class: "message tool" }, h("h2", {}, `Result of ${message.name}`), h("pre", { tabIndex: 0 }, message.content));
 }
 
 /** The list of messages. */
