@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -82,7 +83,7 @@ def chat(
 ) -> None:
     """Talk to a model. /? lists the commands, /bye or Ctrl-D ends the chat, Ctrl-C ends only the reply."""
     from moestream.cli.chat.conversation import Chats, Conversation  # noqa: PLC0415
-    from moestream.cli.chat.screen import Screen  # noqa: PLC0415
+    from moestream.cli.chat.screen import Screen, no_echo  # noqa: PLC0415
     from moestream.cli.chat.session import Session  # noqa: PLC0415
     from moestream.cli.chat.tools import load_tools  # noqa: PLC0415
 
@@ -98,7 +99,8 @@ def chat(
         screen = Screen(plain or not _rich_terminal())
         session = Session(llm, model, conversation, chats, screen, known, told="verbose" if verbose else "normal")
         session.params()  # a resumed one may hold what cannot be used
-        _talk(session, yes_tools)
+        with contextlib.nullcontext() if screen.plain else no_echo():  # an editor shows keys by itself
+            _talk(session, yes_tools)
 
 
 def _talk(session: Session, yes_tools: bool) -> None:

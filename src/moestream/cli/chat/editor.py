@@ -137,7 +137,10 @@ class RichEditor:
 
     def answer(self, question: str) -> str:
         """A line that is not remembered."""
+        from prompt_toolkit.input.typeahead import clear_typeahead  # noqa: PLC0415
+
         forget_keys()
+        clear_typeahead(self._questions.app.input)  # what came together with the last message
         with contextlib.suppress(EOFError):
             return self._questions.prompt(question)
         return ""
@@ -224,9 +227,7 @@ def _keys() -> KeyBindings:
     @keys.add("enter")
     def _send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
-            buffer.complete_state = None
-        elif unfinished(buffer.text):
+        if unfinished(buffer.text):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()

@@ -63,13 +63,17 @@ class MarkdownStream:
         done: Lines = []
         while cut := self._cut(final):
             piece, self._text = self._text[:cut], self._text[cut:]
-            done += self._rendered(piece)[self._given :]
+            done += self._rendered(_Markdown(piece, hyperlinks=False))[self._given :]
             self._begun, self._given = True, 0
             self._number(piece)
         if not self._text.strip():
             return done, []
-        rest = self._rendered(self._text)
-        if self._text.lstrip().startswith(("```", "~~~")) and len(rest) - self._given > room:
+        document = _Markdown(self._text, hyperlinks=False)
+        rest = self._rendered(document)
+        if final:
+            return done + rest[self._given :], []
+        is_code = [token.type for token in document.parsed] == ["fence"]
+        if is_code and len(rest) - self._given > room:
             done += rest[self._given : len(rest) - room]
             self._given = len(rest) - room
         return done, rest[max(self._given, len(rest) - room) :]
@@ -92,7 +96,7 @@ class MarkdownStream:
         if len(starts) < 2:
             return len(text) if final and text.strip() else 0
         self._joined_next = kinds[0] == kinds[1] == "item"
-        return sum(len(line) for line in text.splitlines(keepends=True)[: starts[1]])
+        return sum(len(line) + 1 for line in text.split("\n")[: starts[1]])
 
     def _number(self, piece: str) -> None:
         """An item keeps its number when it is rendered without those before it."""
@@ -101,10 +105,9 @@ class MarkdownStream:
         if self._joined and found is not None:
             self._text = NUMBER.sub(lambda m: f"{m[1]}{int(found[0]) + 1}", self._text, count=1)
 
-    def _rendered(self, text: str) -> Lines:
+    def _rendered(self, document: _Markdown) -> Lines:
         """Lines of a piece, with an empty one before it unless it goes on with a list."""
-        options = self._console.options
-        lines = self._console.render_lines(_Markdown(text, hyperlinks=False), options, pad=False)
+        lines = self._console.render_lines(document, pad=False)
         while lines and _empty(lines[0]):
             lines.pop(0)
         while lines and _empty(lines[-1]):

@@ -239,7 +239,7 @@ class Screen:
             view: View = PlainView()
         else:
             view = RichView(self._console)
-        with _no_echo():
+        with no_echo():
             try:
                 yield view
             finally:
@@ -280,8 +280,8 @@ class Screen:
 
 
 @contextlib.contextmanager
-def _no_echo() -> Iterator[None]:
-    """While a reply is drawn, keys are kept for the next prompt but not shown."""
+def no_echo() -> Iterator[None]:
+    """Keys are kept for the next prompt, but do not show in what is drawn meanwhile."""
     try:
         fd = sys.stdin.fileno()
         before = termios.tcgetattr(fd)
