@@ -82,8 +82,8 @@ def test_dumb_terminal_gets_plain_text(tmp_path, tools):
         terminal.wait("\n>")
         terminal.type("What is the weather in Paris?\r")
         terminal.wait("run it?")
-        terminal.type("\r")
-        terminal.wait("[get_weather was not run]", "\n>", after="run it?")
+        terminal.type("\x03")
+        terminal.wait("[stopped]", "\n>", after="run it?")
         terminal.type("\x04")
         assert terminal.end() == 0
         assert LIVE not in terminal.text()
