@@ -17,7 +17,7 @@ def get_weather(city: str) -> dict[str, object]:
     Path(__file__).with_name("ran").open("a").write(city)
     return {"city": city, "temperature": 21}
 '''
-LIVE = "Ctrl-C stops"
+LIVE = "tokens · Ctrl-C stops"
 """At the end of the line about the machine, as long as a reply is written."""
 
 
