@@ -179,6 +179,7 @@ def test_json_object(client):
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
         ({"extra_body": {"priority": 5000}}, "priority"),
         ({"store": True}, "store"),
+        ({"store": 0}, "store"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"extra_body": {"mirostat": 2}}, "mirostat"),

@@ -20,6 +20,7 @@ from moestream.server.schemas import (
     Int,
     Label,
     LogitBias,
+    Never,
     Parts,
     Priority,
     StopText,
@@ -109,7 +110,7 @@ class StreamOptions(Body):
     """What a stream holds."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Never | None = None
 
 
 class ChatBody(Body):
@@ -139,7 +140,7 @@ class ChatBody(Body):
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    store: Literal[False] | None = None
+    store: Never | None = None
     logit_bias: LogitBias | None = None
     priority: Priority | None = None
     service_tier: Literal["auto", "default"] | None = None

@@ -20,6 +20,7 @@ from moestream.server.schemas import (
     FunctionName,
     Int,
     Label,
+    Never,
     Parts,
     Priority,
     as_tool,
@@ -132,7 +133,7 @@ class ReasoningOptions(Body):
 class StreamOptions(Body):
     """What a stream holds."""
 
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Never | None = None
 
 
 class ResponsesBody(Body):
@@ -152,8 +153,8 @@ class ResponsesBody(Body):
     text: Text | None = None
     reasoning: ReasoningOptions | None = None
     include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=1)] | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    store: Never | None = None
+    background: Never | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     top_logprobs: Annotated[Int, Field(ge=0, le=0)] | None = None

@@ -24,6 +24,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _boolean(value: Any) -> Any:
+    """0 equals False in Python, not in JSON."""
+    if not isinstance(value, bool):
+        raise ValueError("must be false")
+    return value
+
+
+Never = Annotated[Literal[False], BeforeValidator(_boolean)]
+"""A switch that cannot be turned on here."""
 Int = Annotated[int, BeforeValidator(_whole)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP, fail_fast=True)]
