@@ -114,15 +114,16 @@ class Golden:
     def fast_bound(self) -> float:
         """Root mean square of what the fast mode may change the logits by: int8 activations if matrices are ``affine``.
 
-        On matrices of plain floats only the keys and values are rounded, to float16: by up to half a unit of 2**-10,
-        evenly spread, twice per attention layer and amplified like a change of the embedding.
+        On matrices of plain floats only attention rounds: queries, keys, weights and values of a prompt to bfloat16
+        where the CPU multiplies it (else keys and values to float16, which is less), by up to half a unit of 2**-7,
+        evenly spread, four times per attention layer and amplified like a change of the embedding.
         """
         layers = parse_config(self.checkpoint.config)[0].layers
         if "mlx4" in self.folder.name:
             return self.rounding_bound(len(layers))
         attention = sum(layer.mixer == "attention" for layer in layers)
-        half = 2.0**-11 / np.sqrt(3) * np.sqrt(2 * attention) * self.arrays["logits_rms_scale"]
-        return self.logits_bound + float(half)
+        rounding = 2.0**-8 / np.sqrt(3) * np.sqrt(4 * attention) * self.arrays["logits_rms_scale"]
+        return self.logits_bound + float(rounding)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

@@ -74,6 +74,18 @@ std::atomic<Isa>& active() {
 
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
+bool have_bf16_dots() {
+#if defined(__x86_64__)
+    static const bool have = [] {
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("avx512bf16") != 0;
+    }();
+    return have;
+#else
+    return false;
+#endif
+}
+
 void set_active_isa(std::string_view name) {
     const Isa wanted = parse(name);
     const IsaList have = supported_isas();

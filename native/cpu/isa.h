@@ -19,6 +19,9 @@ IsaList supported_isas();
 // what the CPU has gives the best it has. Throws std::invalid_argument for an unknown name.
 Isa active_isa();
 
+// Whether the CPU has AVX-512 dot products of bfloat16 pairs, which the tier avx512 uses if so.
+bool have_bf16_dots();
+
 // For tests: switch the tier at run time. Throws std::invalid_argument if unsupported.
 void set_active_isa(std::string_view name);
 

@@ -66,9 +66,8 @@ inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const cha
 inline void prefetch_once(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
 inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 inline VB opaque(VB v) {
-    asm volatile("" : "+v"(v));
     return v;
-}
+}  // dot() below is opaque itself, and a copy for each would cost a sixth of the peak
 
 // acc[lane] += sum of four unsigned codes times four signed values.
 template <bool Wide>

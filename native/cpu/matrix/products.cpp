@@ -9,10 +9,10 @@
 namespace moestream {
 namespace {
 
-constexpr int64_t kTileRows = 64;          // matrix rows of a work item with many activation rows
+constexpr int64_t kTileRows = 128;         // matrix rows of a work item with many activation rows
 constexpr int64_t kItemBytes = 16 * 1024;  // bytes of a matrix a work item reads with few activation rows
-constexpr int64_t kHiddenRows = 128;       // hidden columns of a work item with many activation rows
-constexpr int64_t kHiddenChunk = 128;      // activation rows whose hidden values a thread holds at once
+constexpr int64_t kHiddenRows = 256;       // hidden columns of a work item with many activation rows
+constexpr int64_t kHiddenChunk = 256;      // activation rows whose hidden values a thread holds at once
 
 int64_t row_bytes(const MatrixLayout& m) {
     switch (m.kind) {
@@ -106,8 +106,8 @@ void hidden_item(const MatrixKernels& kernels, const Block& block, const Activat
         job.matrix = &block.up;
         job.x = &up_x;
         job.out = up;
-        job.next = next;
-        job.next_row = next_row;
+        job.next = c + 1 < chunks ? &block.gate : next;
+        job.next_row = c + 1 < chunks ? begin : next_row;
         multiply(kernels, job);
         kernels.silu_mul(gate, up, count * width);
         const MatrixLayout& down = block.down.layout;

@@ -106,7 +106,7 @@ void pack_codes(const MatrixView& w, int64_t row0, int rows, int64_t column, int
 
 // Activation rows are packed in sets of this many, so that what one step of the inner loop broadcasts is adjacent.
 constexpr int kSet = kLanes > kTileRows ? kLanes : kTileRows;
-constexpr int kMaxSets = 64 / kSet;  // packed at once
+constexpr int kMaxSets = 256 / kSet;  // packed at once; they stay in the L2 cache while panels pass by
 
 struct RowSet {
     alignas(64) int8_t codes[kCodeBlock * kSet];  // [word of a matrix row][code vector of a word][row][4]
@@ -293,13 +293,31 @@ inline void over_rows(const Product& job, int64_t tile, Block&& block) {
     }
 }
 
+struct CodeScratch {
+    CodePanel panel;
+    RowSet sets[kMaxSets];
+};
+thread_local CodeScratch code_scratch;  // too large for the stacks that some systems give threads
+
+// What is packed after a tile: the next one, the first one of the next columns, or the next product's.
+template <int Bits>
+Ahead after_tile(const Product& job, int64_t tile, int64_t column, int64_t steps) {
+    if (tile + kTile < job.end) return {*job.matrix, Bits, tile + kTile, column, kCodeBlock, steps};
+    if (column + kCodeBlock < job.matrix->layout.cols)
+        return {*job.matrix, Bits, job.begin, column + kCodeBlock, kCodeBlock, steps};
+    if (job.end < job.limit) return {*job.matrix, Bits, job.end, 0, kCodeBlock, steps};
+    if (job.next != nullptr && job.next->layout.kind == Kind::affine)
+        return {*job.next, job.next->layout.bits, job.next_row, 0, kCodeBlock, steps};
+    return {*job.matrix, Bits, job.begin, job.matrix->layout.cols, kCodeBlock, steps};
+}
+
 // Rows [first, first + count) of a product, at most kMaxSets * kSet.
 template <int Bits>
 void code_rows(const Product& job, int first, int count) {
     const MatrixView& w = *job.matrix;
     const int group = w.layout.group;
-    CodePanel panel;
-    RowSet sets[kMaxSets];
+    CodePanel& panel = code_scratch.panel;
+    RowSet* sets = code_scratch.sets;
     const int set_count = (count + kSet - 1) / kSet;
     auto start = [&](int set) { return count * set / set_count; };
     for (int64_t column = 0; column < w.layout.cols; column += kCodeBlock) {
@@ -321,9 +339,7 @@ void code_rows(const Product& job, int first, int count) {
             const int width = job.end - tile < kTile ? static_cast<int>(job.end - tile) : kTile;
             pack_codes<Bits>(w, tile, width, column, columns, panel);
             pack_scales(w, tile, width, group0, groups, panel.groups);
-            const bool last = tile + kTile >= job.end;
-            Ahead ahead(w, Bits, last ? job.begin : tile + kTile, last ? column + kCodeBlock : column, kCodeBlock,
-                        static_cast<int64_t>(groups) * blocks);
+            Ahead ahead = after_tile<Bits>(job, tile, column, static_cast<int64_t>(groups) * blocks);
             for (int s = 0; s < set_count; ++s) {
                 const int rows = start(s + 1) - start(s);
                 const int parts = row_blocks(rows);
@@ -353,7 +369,13 @@ void code_product(const Product& job) {
     for (int p = 0; p < passes; ++p) {
         const int first = static_cast<int>(static_cast<int64_t>(job.count) * p / passes);
         const int end = static_cast<int>(static_cast<int64_t>(job.count) * (p + 1) / passes);
-        code_rows<Bits>(job, first, end - first);
+        Product pass = job;
+        if (p + 1 < passes) {  // the same matrix rows follow
+            pass.limit = job.end;
+            pass.next = job.matrix;
+            pass.next_row = job.begin;
+        }
+        code_rows<Bits>(pass, first, end - first);
     }
 }
 

@@ -10,7 +10,7 @@ const SequenceKernels& sequence_kernels() {
     switch (active_isa()) {
 #if defined(__x86_64__)
         case Isa::avx512:
-            return kSequenceAvx512;
+            return have_bf16_dots() ? kSequenceAvx512Bf16 : kSequenceAvx512;
         case Isa::avx2:
             return kSequenceAvx2;
 #elif defined(__aarch64__)

@@ -131,6 +131,7 @@ struct SequenceKernels {
 };
 
 extern const SequenceKernels kSequenceAvx512;
+extern const SequenceKernels kSequenceAvx512Bf16;
 extern const SequenceKernels kSequenceAvx2;
 extern const SequenceKernels kSequenceNeon;
 extern const SequenceKernels kSequencePortable;

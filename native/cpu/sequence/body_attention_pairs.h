@@ -1,0 +1,126 @@
+// Attention of many rows over a float16 cache with dot products of bfloat16 pairs; accumulators, softmax and its sums
+// stay float32. The tier provides pairs_of, adjacent_pairs and dot_pairs; a pair is one float-sized lane.
+#pragma once
+#include "cpu/sequence/body_attention.h"
+
+namespace moestream {
+namespace {
+
+// As tile() of tile.h: C [Rows, kStrip] = diag(alpha) C + A B, with pairs along the inner dimension.
+template <int Rows>
+inline void pair_tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                      const float* alpha) {
+    if constexpr (Rows > 1)
+        if (rows < Rows) return pair_tile<Rows - 1>(rows, depth, a, lda, b, c, ldc, alpha);
+    Vec acc[Rows][kTileCols];
+    for (int m = 0; m < Rows; ++m)
+        for (int n = 0; n < kTileCols; ++n)
+            acc[m][n] = alpha ? load(c + m * ldc + n * kLanes) * broadcast(alpha[m]) : zero();
+    for (int64_t k = 0; k < depth; ++k, b += kStrip) {
+        Vec right[kTileCols];
+        for (int n = 0; n < kTileCols; ++n) right[n] = load(b + n * kLanes);
+        for (int m = 0; m < Rows; ++m) {
+            const Vec x = broadcast(a[m * lda + k]);
+            for (int n = 0; n < kTileCols; ++n) acc[m][n] = dot_pairs(acc[m][n], x, right[n]);
+        }
+    }
+    for (int m = 0; m < Rows; ++m)
+        for (int n = 0; n < kTileCols; ++n) store(c + m * ldc + n * kLanes, acc[m][n]);
+}
+
+inline void multiply_pairs(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, float* c,
+                           int64_t ldc, const float* alpha) {
+    for (int64_t m = 0; m < rows; m += kTileRows)
+        pair_tile<kTileRows>(least(kTileRows, rows - m), depth, a + m * lda, lda, b, c + m * ldc, ldc,
+                             alpha ? alpha + m : nullptr);
+}
+
+template <class T>
+inline Vec part_of(const T* row, int64_t i, int64_t n) {
+    return i < n ? load_row(row, i, n) : zero();
+}
+
+// A row of n as pairs of neighbours, padded with zeros to `wide`.
+template <class T>
+inline void pair_row(const T* row, int64_t n, int64_t wide, float* pairs) {
+    for (int64_t i = 0; i < wide; i += 2 * kLanes)
+        store(pairs + i / 2, adjacent_pairs(part_of(row, i, n), part_of(row, i + kLanes, n)));
+}
+
+// Keys [count, dim] transposed: panels [kKeyBlock / kStrip][wide / 2][kStrip] of pairs along the head.
+inline void pair_keys(const Half* keys, int64_t count, int64_t dim, int64_t wide, float* panels) {
+    for (int64_t i = 0; i < count; i += kLanes)
+        for (int64_t d = 0; d < wide; d += 2 * kLanes) {
+            Vec block[kLanes];
+            for (int64_t r = 0; r < kLanes; ++r) {
+                const Half* key = keys + (i + r) * dim;
+                block[r] = i + r < count ? adjacent_pairs(part_of(key, d, dim), part_of(key, d + kLanes, dim)) : zero();
+            }
+            transpose(block);
+            float* to = panels + i / kStrip * (wide / 2) * kStrip + d / 2 * kStrip + i % kStrip;
+            for (int64_t r = 0; r < kLanes; ++r) store(to + r * kStrip, block[r]);
+        }
+}
+
+// Values [count, dim]: panels [wide / kStrip][ceil(count / 2)][kStrip] of pairs along the keys.
+inline void pair_values(const Half* values, int64_t count, int64_t dim, int64_t wide, float* panels) {
+    const int64_t depth = (count + 1) / 2;
+    for (int64_t l = 0; l < depth; ++l) {
+        const Half* even = values + 2 * l * dim;
+        for (int64_t d = 0; d < wide; d += kLanes) {
+            const Vec odd = 2 * l + 1 < count ? part_of(even + dim, d, dim) : zero();
+            store(panels + d / kStrip * depth * kStrip + l * kStrip + d % kStrip, pairs_of(part_of(even, d, dim), odd));
+        }
+    }
+}
+
+void attention_partial_pairs(const AttentionArgs& args, const AttentionUnit& unit, float* scratch, float* partial) {
+    const int64_t rows = unit.rows(), dim = args.head_dim, wide = padded(dim), group = args.group();
+    if (!args.half || rows <= kFewRows) return attention_partial(args, unit, scratch, partial);
+    const Half* keys = static_cast<const Half*>(args.cache_k) + unit.kv_head * args.capacity * dim;
+    const Half* values = static_cast<const Half*>(args.cache_v) + unit.kv_head * args.capacity * dim;
+    float* q = scratch;                             // [rows, wide / 2] pairs
+    float* weights = q + kRowBlock * wide / 2;      // [rows, kKeyBlock / 2] pairs; wide is at least kKeyBlock
+    float* out = q + kRowBlock * wide;              // panels [wide / kStrip][rows][kStrip]
+    float* packed = out + kRowBlock * wide;         // keys, then values in their place
+    float* scores = packed + kKeyBlock * wide;      // [rows, kKeyBlock]
+    float* alpha = scores + kRowBlock * kKeyBlock;  // [rows]
+    float* high = partial + rows * dim;             // [rows]
+    float* total = high + rows;                     // [rows]
+
+    std::memset(out, 0, rows * wide * sizeof(float));
+    for (int64_t r = 0; r < rows; ++r) {
+        pair_row(row_of(args, unit.kv_head, unit.row0 + r), dim, wide, q + r * (wide / 2));
+        high[r] = -1e30f;  // finite, so that a row that sees none of these keys has alpha 1 and no NaN
+        total[r] = 0;
+    }
+    const int64_t end = least(unit.key1, args.past + (unit.row1 - 1) / group + 1);
+    for (int64_t first = unit.key0; first < end; first += kKeyBlock) {
+        const int64_t count = least(kKeyBlock, end - first), following = least(kKeyBlock, end - first - count);
+        const int64_t depth = (count + 1) / 2;
+        const Half *block = keys + first * dim, *value_block = values + first * dim;
+        pair_keys(block, count, dim, wide, packed);
+        for (int64_t c = 0; c < count; c += kStrip)
+            multiply_pairs(rows, wide / 2, q, wide / 2, packed + c * (wide / 2), scores + c, kKeyBlock, nullptr);
+        Ahead ahead_of_values(value_block, count * dim, rows);
+        for (int64_t r = 0; r < rows; ++r) {
+            ahead_of_values.step();
+            const int64_t visible = least(args.past + (unit.row0 + r) / group + 1 - first, count);
+            float* row = scores + r * kKeyBlock;
+            alpha[r] = soften(row, visible < 0 ? 0 : visible, count, high[r], total[r]);
+            pair_row(row, round_up(count, kLanes), kKeyBlock, weights + r * (kKeyBlock / 2));
+        }
+        pair_values(value_block, count, dim, wide, packed);
+        Ahead ahead(block + count * dim, following * dim, wide / kStrip);
+        for (int64_t c = 0; c < dim; c += kStrip) {
+            ahead.step();
+            multiply_pairs(rows, depth, weights, kKeyBlock / 2, packed + c * depth, out + c * rows, kStrip, alpha);
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < dim; c += kStrip)
+            std::memcpy(partial + r * dim + c, out + c * rows + r * kStrip, least(kStrip, dim - c) * sizeof(float));
+}
+
+}  // namespace
+}  // namespace moestream
