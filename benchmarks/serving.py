@@ -133,8 +133,8 @@ async def ask(client: httpx.AsyncClient, prompt: list[int], tokens: int, stream:
 
 
 def prompt(length: int, seed: int) -> list[int]:
-    """Random tokens."""
-    return np.random.default_rng(seed).integers(100, 200_000, length).tolist()
+    """Random tokens that every vocabulary has."""
+    return np.random.default_rng(seed).integers(100, 16_000, length).tolist()
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[str, float]:
