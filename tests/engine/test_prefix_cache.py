@@ -128,6 +128,16 @@ def test_prompts_sent_together_read_what_they_share_once(setup):
         assert sequence.tokens == ask(setup.engine(0), prompt)[0].tokens
 
 
+def test_nobody_waits_for_what_is_kept_already(setup):
+    system = setup.ids(300, 0, ends=[299])
+    engine = setup.engine()
+    ask(engine, system + setup.ids(20, 1))
+    sequences = [engine.add(system + setup.ids(20, seed), PARAMS) for seed in (2, 3)]
+    engine.step()
+    assert [(s.cached, len(s.tokens)) for s in sequences] == [(300, 1)] * 2
+    engine.abort_all()
+
+
 def test_budget_is_kept_and_the_oldest_goes(setup):
     engine = setup.engine()
     ask(engine, setup.ids(120, 0))

@@ -23,14 +23,20 @@ class CostModel(HashModel):
     def __init__(self, fixed=20.0, token=0.01, decode=0.2):
         super().__init__()
         self.now = 0.0
+        self.half_way = {}  # states of passes that rest, by id
         self.fixed, self.token, self.decode = fixed, token, decode
 
     def layers(self, batch):
+        half_way = {id(s.states): s.states for s in batch.segments}
+        assert not self.half_way.keys() & half_way.keys(), "the pass of these states has not ended"
+        self.half_way |= half_way
         sweep = self.fixed if any(s.length > 1 for s in batch.segments) else 0.0
         for layer in range(LAYERS):
             self.now += (sweep + self.decode + self.token * len(batch.ids)) / LAYERS
             if layer + 1 < LAYERS:
                 yield
+        for states in half_way:
+            del self.half_way[states]
         return self.forward(batch)
 
 
@@ -266,3 +272,43 @@ def test_a_leader_that_leaves_takes_nobody_with_it():
     engine.abort(leader)
     drain(engine)
     assert follower.tokens == alone_long(300)
+
+
+def test_a_sweep_at_rest_is_never_displaced():
+    """The one reply under way gives its memory up meanwhile: the prompts that are left wait for the sweep."""
+    model = CostModel(fixed=0.0)
+    budget = StateBudget(5 * PAGE, per_token=1)
+    engine = make(model, 1.0, states=budget, context=1000)
+    engine.add(prompt(60), SamplingParams(temperature=0, max_tokens=1))
+    drain(engine)  # so many tokens may ride along
+    params = SamplingParams(temperature=0, max_tokens=200)
+    reply = engine.add(prompt(PAGE - 4, 1), params, caller=Caller(priority=1))
+    while not reply.tokens:
+        engine.step()
+    agent = engine.add(prompt(400, 2), params)
+    while not model.half_way:
+        engine.step()
+    question = engine.add(prompt(300, 3), params)
+    while reply.computed < PAGE:
+        engine.step()
+    model.fixed = 50.0  # more than is known
+    drain(engine)
+    assert engine.preemptions == 1
+    for seed, sequence in enumerate((reply, agent, question), 1):
+        lone = Engine(HashModel(), vocab_size=VOCAB, context=1000)
+        expected = lone.add(sequence.prompt, params)
+        drain(lone)
+        assert sequence.tokens == expected.tokens, seed
+
+
+@pytest.mark.parametrize(("mine", "priority"), [("batch", 0), ("person", 1)])
+def test_nobody_waits_for_a_leader_whose_turn_comes_later(mine, priority):
+    engine = make(CostModel(), None, max_batch=2)
+    running = engine.add([1], GREEDY, caller=Caller("batch"))
+    engine.step()
+    later = engine.add(prompt(300), GREEDY, caller=Caller("batch", 1))
+    first = engine.add(prompt(300), GREEDY, caller=Caller(mine, priority))
+    last = engine.add(prompt(300), GREEDY, caller=Caller("batch", 1))
+    assert (later.leader, first.leader, last.leader) == (None, None, first)
+    engine.step()
+    assert running.states is not None

@@ -267,6 +267,8 @@ class Engine:
             self._stop(sequence)
         decoding = any(s.decoding for s in self._scheduler.running)
         if self._resting is not None:
+            if not decoding:  # all replies gave way: the pass at rest goes on next, as only one can rest
+                return []
             room = self._prefill_chunk - len(self._resting.batch.ids)  # what memory is planned for
             return self._scheduler.schedule(self._pace.room(room), apart)
         if decoding and self._decode_next:

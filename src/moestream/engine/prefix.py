@@ -79,10 +79,13 @@ class PrefixCache:
         return done
 
     def kept(self, prompt: abc.Sequence[int], most: int) -> int:
-        """The largest length, up to ``most``, of a prompt's beginning that is kept once the prompt has been read."""
-        if not self._recurrent:
-            return min(most, len(prompt))
-        return max((m for m in self._marks(np.asarray(prompt, np.int32), 0) if SHORTEST <= m <= most), default=0)
+        """How many of a prompt's first tokens, up to ``most``, are kept once it has been read and are not yet."""
+        ids = np.asarray(prompt, np.int32)
+        length = min(most, len(ids))
+        if self._recurrent:
+            length = max((m for m in self._marks(ids, 0) if SHORTEST <= m <= most), default=0)
+        shared = ((_common(entry.tokens, ids[:length]), len(entry.tokens)) for entry in self._entries)
+        return length - max((common for common, own in shared if common == own or not self._recurrent), default=0)
 
     def keep(self, tokens: abc.Sequence[int], states: SequenceStates) -> None:
         """Take the snapshots that a prompt, now read to its end, was marked for."""

@@ -13,7 +13,7 @@ SCORED_ROWS = 128
 WORTH_WAITING = 256
 """Tokens that two prompts must begin with alike for one to wait until the other has read them."""
 Kept = Callable[[abc.Sequence[int], int], int]
-"""Of a prompt, the largest length up to a bound after which its states will be kept."""
+"""Of a prompt's first tokens, up to a bound, how many are kept once it has been read and are not yet."""
 PATIENCE = 16
 """After so many later ones were served before it a sequence goes first, whatever its priority: nobody starves."""
 
@@ -44,14 +44,15 @@ class Scheduler:
         return tuple(self._running)
 
     def add(self, sequence: Sequence, kept: Kept | None = None) -> None:
-        """Queue a sequence; behind one that is about to read the same prompt or a good deal of it, if there is one.
+        """Queue a sequence; behind one that will sooner read the same prompt or a good deal of it, if there is one.
 
         Args:
             sequence: Without states.
-            kept: How far a sequence's states will be kept for others that begin alike.
+            kept: What reading a prompt adds to what is kept for others that begin alike.
         """
         if sequence.params.prompt_logprobs is None:
-            others = (s for s in (*self._running, *self._waiting) if _can_lead(s))
+            ahead = self._in_turn((*self._waiting, sequence))
+            others = (s for s in (*self._running, *ahead[: ahead.index(sequence)]) if _can_lead(s))
             sequence.leader = next((s for s in others if _spares(s, sequence, kept)), None)
         self._waiting.append(sequence)
 
@@ -124,9 +125,7 @@ class Scheduler:
 
     def _next(self) -> Sequence | None:
         """The waiting sequence whose turn it is, its memory reserved; None if there is none that could start."""
-        places = Counter(s.caller.client for s in self._running)
-        ready = [s for s in self._waiting if s.leader is None or not _can_lead(s.leader)]
-        for s in sorted(ready, key=lambda s: (_order(s)[:2], places[s.caller.client], s.id)):
+        for s in self._in_turn(s for s in self._waiting if s.leader is None or not _can_lead(s.leader)):
             if not self._has_place(s):
                 continue
             if self._budget.take(s):
@@ -135,6 +134,11 @@ class Scheduler:
             if s.overtaken >= PATIENCE:
                 return None  # it waits for memory that the others would take
         return None
+
+    def _in_turn(self, sequences: abc.Iterable[Sequence]) -> list[Sequence]:
+        """Sequences in the order in which they are to get a place."""
+        places = Counter(s.caller.client for s in self._running)
+        return sorted(sequences, key=lambda s: (_order(s)[:2], places[s.caller.client], s.id))
 
     def _has_place(self, sequence: Sequence) -> bool:
         """Whether a place is free for it; the last one is kept from what can wait."""
