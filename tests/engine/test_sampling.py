@@ -156,6 +156,7 @@ def test_non_finite_logits_are_refused(bad, temperature):
         {"repetition_penalty": 0.0}, {"presence_penalty": 101}, {"frequency_penalty": float("-inf")}, {"seed": -1},
         {"max_tokens": 0}, {"stop": ("",)}, {"stop": (1,)},
         {"stop_token_ids": (-1,)}, {"logprobs": -1}, {"logprobs": 101},
+        {"logit_bias": 5}, {"logit_bias": [1, 2]}, {"logit_bias": {-1: 0.0}}, {"logit_bias": {1: 101.0}},
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_by_name(field):

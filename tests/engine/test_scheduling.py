@@ -1,6 +1,7 @@
 """Who runs when: pauses for replies under way, priorities, shares, memory for states; on a model that costs time."""
 
 import itertools
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -141,7 +142,10 @@ def test_a_cancelled_prompt_ends_its_sweep():
     agent = engine.add(prompt(400), GREEDY)
     engine.step()
     assert engine.step() == []
+    states = weakref.ref(agent.states)
     engine.abort(agent)
+    model.half_way.clear()
+    assert states() is None  # memory is free at once, though no step may follow
     before = model.now
     assert engine.step() == []
     assert engine.idle

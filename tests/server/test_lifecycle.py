@@ -1,5 +1,6 @@
 """Queue, disconnects, metrics, settings, starting and stopping."""
 
+import asyncio
 import http.client
 import json
 import re
@@ -12,8 +13,11 @@ import pytest
 from server_process import SMALL, HttpServer, Server, running
 
 from moestream import LLM
+from moestream.engine.sampling import SamplingParams
+from moestream.engine.sequence import Caller
 from moestream.errors import CheckpointError
 from moestream.server.run import serve
+from moestream.server.service import Generation, Service
 from moestream.server.settings import ServeSettings
 
 KEY = {"x-api-key": "secret-key-1"}
@@ -185,6 +189,18 @@ def test_limits_of_requests():
         assert "[DONE]" not in text
         wait_for(lambda: gauge(server, "moestream_running") == 0)
         assert gauge(server, 'moestream_state_bytes{of="sequences"}') == 0
+
+
+def test_a_request_that_has_ended_is_not_held_until_it_would_expire():
+    async def end_one():
+        generation = Generation(Service("demo", ServeSettings(), lambda: LLM("demo")))
+        generation.expiry = asyncio.get_running_loop().call_later(3600, generation.expire)
+        generation.add([1], SamplingParams(), None, Caller())
+        assert not generation.expiry.cancelled()
+        generation.close()
+        assert generation.expiry.cancelled()
+
+    asyncio.run(end_one())
 
 
 @pytest.mark.parametrize(

@@ -251,14 +251,8 @@ class Engine:
 
     def _due(self) -> Pass | None:
         """The pass at rest, if it is its turn."""
-        work = self._resting
-        if work is None:
-            return None
-        if all(sequence.finished for sequence in work.sequences):
-            self._resting = None
-            return None
         decoding = any(s.decoding for s in self._scheduler.running)
-        return None if self._decode_next and decoding else work
+        return None if self._decode_next and decoding else self._resting
 
     def _next_chunks(self) -> list[tuple[Sequence, int]]:
         """What a new pass computes: prompts that take long by themselves, so that it can rest, or else all."""
@@ -385,9 +379,11 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
-        resting = self._resting is not None and sequence in self._resting.sequences
-        if self._half_way or resting or reason == "error":
+        at_rest = self._resting.sequences if self._resting is not None else []
+        if self._half_way or sequence in at_rest or reason == "error":
             sequence.states = None  # they stand somewhere between two tokens
+        if all(s.finished for s in at_rest):
+            self._resting = None
         if self._prefixes is not None and sequence.states is not None and sequence.tokens:
             self._prefixes.keep_end((*sequence.prompt, *sequence.tokens), sequence.states)
         sequence.states = None  # its memory is free for the next one

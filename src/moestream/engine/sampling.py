@@ -83,7 +83,10 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", _sequence("stop_token_ids", self.stop_token_ids))
         bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        object.__setattr__(self, "logit_bias", tuple((token, value) for token, value in bias))
+        try:
+            object.__setattr__(self, "logit_bias", tuple((token, value) for token, value in bias))
+        except (TypeError, ValueError):
+            raise RequestError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}") from None
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_range("min_p", self.min_p, 0.0, 1.0)

@@ -252,7 +252,7 @@ class Service:
         self._places += len(prompts)
         generation = Generation(self)
         if self.settings.request_timeout is not None:
-            asyncio.get_running_loop().call_later(self.settings.request_timeout, generation.expire)
+            generation.expiry = asyncio.get_running_loop().call_later(self.settings.request_timeout, generation.expire)
         for ids, chosen, own in wanted:
             generation.add(ids, chosen, own, caller)
         return generation
@@ -270,6 +270,8 @@ class Generation:
     service: Service
     jobs: list[Job] = field(default_factory=list)
     receipts: dict[int, Receipt] = field(default_factory=dict)
+    expiry: asyncio.TimerHandle | None = None
+    """Calls ``expire`` some day; it holds all of this until then or until it is cancelled."""
     _queue: asyncio.Queue[tuple[int, Delta | MoestreamError]] = field(default_factory=asyncio.Queue)
     _open: set[int] = field(default_factory=set)
     _started: float = field(default_factory=time.monotonic)
@@ -288,15 +290,19 @@ class Generation:
         if isinstance(delta, MoestreamError):
             self.service.metrics.replies.labels("error").inc()
         if isinstance(delta, MoestreamError) or delta.finish_reason is not None:
-            self._open.discard(index)
-            self.service.give_place_back(self._started)
+            self._end(index)
         self._queue.put_nowait((index, delta))
+
+    def _end(self, index: int) -> None:
+        self._open.discard(index)
+        self.service.give_place_back(self._started)
+        if not self._open and self.expiry is not None:
+            self.expiry.cancel()
 
     def close(self) -> None:
         """Cancel what still runs."""
         for index in list(self._open):
-            self._open.discard(index)
-            self.service.give_place_back(self._started)
+            self._end(index)
             self.service.worker.cancel(self.jobs[index])
             self.service.metrics.replies.labels("cancelled").inc()
 
