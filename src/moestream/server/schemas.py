@@ -159,7 +159,7 @@ def thinking_variables(template: str, effort: str | None, param: str) -> dict[st
 
 
 def caller_of(request: Request, label: object = None, priority: int | None = None) -> Caller:
-    """Whose request it is: places are shared between addresses, and there between users, or programs if unnamed.
+    """Whose request it is: an address with the user it names, or with its program if it names none.
 
     Args:
         request: The request.
