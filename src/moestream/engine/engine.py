@@ -384,7 +384,7 @@ class Engine:
             sequence.states = None  # they stand somewhere between two tokens
         if all(s.finished for s in at_rest):
             self._resting = None
-        if self._prefixes is not None and sequence.states is not None and sequence.tokens:
-            self._prefixes.keep_end((*sequence.prompt, *sequence.tokens), sequence.states)
-        sequence.states = None  # its memory is free for the next one
+        states, sequence.states = sequence.states, None  # its memory is free for the next one
         self._scheduler.remove(sequence)
+        if self._prefixes is not None and states is not None and sequence.tokens:
+            self._prefixes.keep_end((*sequence.prompt, *sequence.tokens), states)
