@@ -2,7 +2,7 @@
 
 Ten traces are recorded with the model in the package, the others are simulated. Prints a Markdown table of hit rates in
 %, then means, and as the last line one JSON object. Caches start empty; the policies are the code of the expert store,
-with the slots it keeps free for reads under way, and Belady uses every slot. About ten minutes on two cores.
+with the slots it keeps free for reads under way, and Belady uses every slot. About three minutes on two cores.
 
     python benchmarks/cache_policies.py                       # what docs/performance.md shows
     python benchmarks/cache_policies.py --dir traces --policy lru --policy lfru:64 --only "60 chats"

@@ -54,7 +54,10 @@ def test_interrupt_ends_only_the_reply_and_resume_goes_on(tmp_path):
     with ChatTerminal(*GREEDY, "--resume", chats=tmp_path) as terminal:
         terminal.wait("going on: 4 messages", "Tell me a story", "tokens · /? for help")
         terminal.type("/show conversation\r")
-        terminal.wait("assistant (cancelled): " + kept[1]["content"][:20])
+        said = "assistant (cancelled): " + kept[1]["content"][:20]
+        terminal.wait(
+            said, "tokens · /? for help", after="/show conversation"
+        )  # Ctrl-D is lost before the prompt is back
         terminal.type("\x04")
         assert terminal.end() == 0
 

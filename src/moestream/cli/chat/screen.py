@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.control import Control
 from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
@@ -272,11 +271,6 @@ class Screen:
             print(visible(text) if sys.stdout.isatty() else text, flush=True)
         else:
             self._console.print(Text(visible(text)), soft_wrap=True)
-
-    def clear(self) -> None:
-        """Make the screen empty."""
-        if not self.plain:
-            self._console.control(Control.home(), Control.clear())
 
 
 @contextlib.contextmanager

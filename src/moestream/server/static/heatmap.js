@@ -83,6 +83,8 @@ export class HeatMap {
     this.glow = new Float32Array(first); // 0..1, of what has just happened
     this.arrived = new Uint8Array(first); // whether that was a read
     this.fresh = true;
+    this.at = null; // it may lie outside of what another model has
+    this.tip.hidden = true;
     this.resize();
   }
 

@@ -7,10 +7,12 @@ export class Sidebar {
   constructor(list, actions) {
     this.list = list;
     this.actions = actions;
+    this.renaming = false;
   }
 
   /** Show conversations; `running` holds the ids of those with a reply on its way. */
   show(conversations, current, running) {
+    if (this.renaming) return; // what is typed must not be lost; the list is drawn again at the end
     this.list.replaceChildren(...conversations.map((c) => this.entry(c, c.id === current, running.has(c.id))));
   }
 
@@ -31,10 +33,10 @@ export class Sidebar {
 
   rename(item, { id, title }) {
     const field = h("input", { value: title, maxLength: 100, "aria-label": "Title" });
-    let open = true;
+    this.renaming = true;
     const end = (keep) => {
-      if (!open) return; // leaving the field comes after Enter, too
-      open = false;
+      if (!this.renaming) return; // leaving the field comes after Enter, too
+      this.renaming = false;
       this.actions.rename(id, (keep && field.value.trim()) || title);
     };
     field.addEventListener("keydown", (event) => {
