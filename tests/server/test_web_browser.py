@@ -127,10 +127,10 @@ def test_conversations_go_on_in_the_background(server, visit):
     page.click("#conversations .open:has-text('First')")
     length = len(replies(page)[0])
     until(page, f"document.querySelector('.running .text').textContent.length > {length}")
-    page.click("#stop")
-    settled(page)
     page.click("[aria-label='Rename First']")
-    page.fill("#conversations input", "Renamed")
+    page.evaluate("document.getElementById('stop').click()")  # the field keeps the focus
+    settled(page)
+    page.keyboard.type("Renamed")  # the end of the reply has not taken the field away
     page.keyboard.press("Enter")
     page.once("dialog", lambda dialog: dialog.accept())
     page.click("[aria-label='Delete Second']")
