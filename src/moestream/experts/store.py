@@ -21,6 +21,7 @@ from moestream.experts.governor import Governor
 from moestream.experts.layer_plan import LayerPlan
 from moestream.experts.policy import LFRU, LRU, NO_SLOT, SWEEP_ROWS, landing_slots
 from moestream.experts.reader import BLOCK, FILE, Reader
+from moestream.experts.resident import Residents, ResidentStream
 from moestream.experts.stream import ExpertStream
 from moestream.ops.base import I32
 
@@ -121,6 +122,8 @@ class ExpertStore:
         reader.attach(self.arena.memory)
         self._layer_of_key = layer_of_key
         self.policy = self._make_policy()
+        fits = mode in ("arena", "hybrid") and slots >= len(layer_of_key)
+        self._residents = Residents(self.arena, self._plans) if fits else None
         self.governor = Governor()
         self._active: ExpertStream | None = None
         self._wanted: deque[int] = deque()  # predicted keys without a slot, likeliest first
@@ -167,7 +170,7 @@ class ExpertStore:
             return self.arena.slots
         return landing_slots(self.arena.slots, len(self._layer_of_key), rows)
 
-    def stream(self, layer: int, ids: I32) -> ExpertStream:
+    def stream(self, layer: int, ids: I32) -> ExpertStream | ResidentStream:
         """Submit every read that the layer needs, as far as slots allow; iterate the result for the waves.
 
         Args:
@@ -186,6 +189,14 @@ class ExpertStore:
             self.on_route(layer, ids)
         self._begin(layer, len(ids))
         self._stream_began = time.perf_counter()
+        if self._residents is not None and not (self.reading_anything() or self._wanted or self._landed):
+            wave = self._residents.wave(layer, plan, ids)
+            if wave is not None:
+                keys: list[int] = (wave.experts + plan.first_key).tolist()
+                self.policy.record(layer, keys, np.diff(wave.starts).tolist(), len(ids))  # for whoever looks at it
+                self.count(hits=len(keys), misses=0)
+                self._step_ended = self._stream_began
+                return ResidentStream(wave)
         self._active = ExpertStream(self, layer, plan, ids)
         return self._active
 
@@ -260,6 +271,8 @@ class ExpertStore:
         self._landed.clear()
         self._step_rows = 0
         self.policy = self._make_policy()
+        if self._residents is not None:
+            self._residents.clear()
 
     def stats(self) -> StoreStats:
         """A snapshot; subtract an earlier one."""
@@ -342,6 +355,8 @@ class ExpertStore:
         landed, failed = self._flight.poll(timeout)
         self._stall += time.perf_counter() - start
         for read in landed:
+            if self._residents is not None:
+                self._residents.landed(read.key, self.policy.slot_of[read.key])
             if not read.ahead:
                 self._needed += self._nbytes[read.key]
                 self._stream.landed(read.key)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from moestream.errors import ReadError
 from moestream.experts.layer_plan import LayerPlan
 from moestream.experts.policy import NO_SLOT
 from moestream.experts.reader import ReadFailure, read_error
+from moestream.experts.resident import group_pairs
 from moestream.ops.base import I32, Wave
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ SWEEP_WAVE = 8
 
 
 class ExpertStream:
-    """Iterates over the waves of one layer. Experts are numbered 0..n-1 in increasing order of their id.
+    """Iterates over the waves of one layer. Experts are numbered 0..n-1: of one row in its order, else by their id.
 
     Attributes:
         failures: Pairs that have no result, with the reason; complete when the iteration has ended.
@@ -38,17 +39,9 @@ class ExpertStream:
         self._policy = store.policy
         self._layer = layer
         self._plan = plan
-        flat = ids.reshape(-1)
-        self._pairs = flat.argsort(kind="stable").astype(np.int32)  # [T * k], grouped by expert
-        grouped = flat[self._pairs]
-        if grouped.size and not 0 <= grouped[0] <= grouped[-1] < plan.num_experts:
-            raise ValueError(f"layer {layer}: expert ids must lie in 0..{plan.num_experts - 1}")
-        edges = np.flatnonzero(grouped[1:] != grouped[:-1]) + 1
-        bounds = [0, *edges.tolist(), grouped.size] if grouped.size else [0]
-        self._starts = np.array(bounds, np.int32)  # [n + 1]
-        self._experts = grouped[self._starts[:-1]]  # [n]
+        self._experts, self._starts, self._pairs = group_pairs(ids, layer, plan)
         self._keys: list[int] = (self._experts + plan.first_key).tolist()
-        self._counts = [end - start for start, end in pairwise(bounds)]  # [n]
+        self._counts: list[int] = np.diff(self._starts).tolist()  # [n]
         self._policy.record(layer, self._keys, self._counts, len(ids))
 
         self._abandoned = False
@@ -57,11 +50,11 @@ class ExpertStream:
         self._pending: deque[int] = deque()  # want a slot
         self._awaited: dict[int, int] = {}  # being read, by key
         held = store.claim(self._keys)
-        slot_of = self._policy.slot_of
+        slot_of, under_way = self._policy.slot_of, store.reading_anything()
         for i, key in enumerate(self._keys):
             if slot_of[key] == NO_SLOT:
                 self._pending.append(i)
-            elif store.reading(key):
+            elif under_way and store.reading(key):
                 self._awaited[key] = i
             else:
                 self._ready.append(i)
@@ -167,6 +160,7 @@ class ExpertStream:
             pairs = np.concatenate(rows) if len(rows) > 1 else rows[0]
             starts = np.array([0, *accumulate(self._counts[i] for i in chosen)], np.int32)
         slot_of = self._policy.slot_of
-        slots = np.array([slot_of[self._keys[i]] for i in chosen], np.int64)
-        offsets = self._plan.part_offsets[experts] + (slots * self._store.arena.slot_nbytes)[:, None]  # [n, P]
+        nbytes = self._store.arena.slot_nbytes
+        offsets = self._plan.part_offsets[experts]  # [n, P], a copy
+        offsets += np.array([[slot_of[self._keys[i]] * nbytes] for i in chosen], np.int64)
         return Wave(self._layer, self._plan.layout, experts, self._store.arena.memory, offsets, starts, pairs)

@@ -198,10 +198,13 @@ class Moe:
         if step.router_override is None:
             return step.ops.route(logits, step.active, self.renormalise)
         imposed = step.router_override(layer, len(logits))
+        if self.renormalise and len(logits) == 1:  # decoding: kept short
+            order, weights = step.ops.route(logits[0][imposed], step.active, True)
+            return imposed[0][order], weights
         chosen = logits[np.arange(len(logits))[:, None], imposed]  # [T, k]
         among = chosen if self.renormalise else logits
         top = among.max(axis=1, keepdims=True)
-        weights: F32 = np.exp(chosen - top) / np.exp(among - top).sum(axis=1, keepdims=True)
+        weights = np.exp(chosen - top) / np.exp(among - top).sum(axis=1, keepdims=True)
         return imposed, weights
 
 

@@ -55,7 +55,7 @@ class CpuOps(SequenceOps):
         _native.set_threads(self.threads)
         self._input = _native.Input()
         self._bound: tuple[weakref.ref[F32], int] | None = None
-        self._experts: tuple[ExpertLayout, _native.Experts] | None = None
+        self._experts: dict[int, tuple[ExpertLayout, _native.Experts]] = {}  # by layer
 
     def matrix(self, layout: MatrixLayout, parts: Sequence[U8]) -> _native.Matrix:
         """Wrap raw parts (1-D bytes, any alignment), which the result keeps alive.
@@ -90,10 +90,12 @@ class CpuOps(SequenceOps):
 
         While the waves of one layer come in, ``x`` is rounded once; it must not change between them.
         """
-        if self._experts is None or self._experts[0] is not wave.layout:
-            self._experts = (wave.layout, _native.Experts(*(_native_layout(m) for m in wave.layout.matrices)))
+        known = self._experts.get(wave.layer)
+        if known is None or known[0] is not wave.layout:
+            known = (wave.layout, _native.Experts(*(_native_layout(m) for m in wave.layout.matrices)))
+            self._experts[wave.layer] = known
         self._bind(x, wave.layer)
-        self._experts[1].run(self._input, wave.memory, wave.offsets, wave.starts, wave.pairs, k, out)
+        known[1].run(self._input, wave.memory, wave.offsets, wave.starts, wave.pairs, k, out)
 
     def _bind(self, x: F32, layer: int = -1) -> None:
         """Make ``x`` the input, rounding it again unless it is the array of this layer's last wave."""
