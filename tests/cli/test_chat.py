@@ -10,6 +10,7 @@ import stat
 import time
 
 import pytest
+import typer.testing
 from rich.console import Console
 
 from moestream.cli.chat.conversation import Chats, Conversation, Message
@@ -17,6 +18,7 @@ from moestream.cli.chat.editor import joined, unfinished
 from moestream.cli.chat.markdown import MarkdownStream
 from moestream.cli.chat.screen import visible
 from moestream.cli.chat.tools import MAX_RESULT, load_tools
+from moestream.cli.main import app
 from moestream.errors import ConfigError
 
 
@@ -89,6 +91,16 @@ def test_resume_takes_the_latest_and_private_writes_nothing(tmp_path):
     newest = time.time_ns() + 10**9
     os.utime(next(f for f in (tmp_path / "recent").iterdir() if '"a"' in f.read_text()), ns=(newest, newest))
     assert Chats(tmp_path).resume() == talk("a")
+
+
+def test_resume_goes_on_with_the_model_of_the_conversation(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOESTREAM_CHATS", str(tmp_path))
+    said = talk("a").model_copy(update={"model": str(tmp_path / "gone")})
+    Chats(tmp_path).keep(said)
+    for flags, wanted in (([], "gone"), (["--model", str(tmp_path / "other")], "other")):
+        result = typer.testing.CliRunner().invoke(app, ["chat", "--resume", *flags])
+        assert result.exit_code
+        assert wanted in str(result.exception)
 
 
 @pytest.mark.parametrize(

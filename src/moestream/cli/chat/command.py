@@ -23,6 +23,7 @@ CHAT = "Chat"
 
 
 def chat(
+    ctx: typer.Context,
     model: options.Model = "demo",
     ram: options.Ram = None,
     threads: options.Threads = None,
@@ -51,7 +52,12 @@ def chat(
     seed: options.Seed = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.", rich_help_panel=CHAT)] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the last conversation.", rich_help_panel=CHAT)
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the last conversation, with its model unless --model names another.",
+            rich_help_panel=CHAT,
+        ),
     ] = False,
     tools: Annotated[
         Path | None,
@@ -90,6 +96,9 @@ def chat(
     known = load_tools(tools) if tools else {}
     chats = Chats(private=private)
     conversation = chats.resume() if resume else Conversation(model=model)
+    source = ctx.get_parameter_source("model")
+    if resume and source is not None and source.name == "DEFAULT":
+        model = conversation.model or model
     conversation.parameters |= options.given(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
