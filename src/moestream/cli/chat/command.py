@@ -20,6 +20,23 @@ if TYPE_CHECKING:
     from moestream.cli.chat.session import Session
 
 CHAT = "Chat"
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the last conversation, with its model unless --model names another.",
+        rich_help_panel=CHAT,
+    ),
+]
+Tools = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.py",
+        help="Functions with type hints and docstrings that the model may call. The file is run; every call is "
+        "shown and asked for.",
+        rich_help_panel=CHAT,
+    ),
+]
 
 
 def chat(
@@ -51,23 +68,8 @@ def chat(
     min_p: options.MinP = None,
     seed: options.Seed = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.", rich_help_panel=CHAT)] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with the last conversation, with its model unless --model names another.",
-            rich_help_panel=CHAT,
-        ),
-    ] = False,
-    tools: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.py",
-            help="Functions with type hints and docstrings that the model may call. The file is run; every call is "
-            "shown and asked for.",
-            rich_help_panel=CHAT,
-        ),
-    ] = None,
+    resume: Resume = False,
+    tools: Tools = None,
     yes_tools: Annotated[
         bool, typer.Option("--yes-tools", help="Run every call without asking.", rich_help_panel=CHAT)
     ] = False,
