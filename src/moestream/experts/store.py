@@ -189,7 +189,10 @@ class ExpertStore:
             self.on_route(layer, ids)
         self._begin(layer, len(ids))
         self._stream_began = time.perf_counter()
-        if self._residents is not None and not (self.reading_anything() or self._wanted or self._landed):
+        # a sweep comes in waves of few experts, whose hidden values stay in cache
+        short = self._residents is not None and len(ids) < SWEEP_ROWS
+        if short and not (self.reading_anything() or self._wanted or self._landed):
+            assert self._residents is not None
             wave = self._residents.wave(layer, plan, ids)
             if wave is not None:
                 keys: list[int] = (wave.experts + plan.first_key).tolist()
