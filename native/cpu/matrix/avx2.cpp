@@ -13,6 +13,7 @@ using VB = __m256i;
 constexpr int kLanes = 8;
 constexpr int kVectorRows = 4;  // matrix rows a vector product with several activation rows works on at once
 constexpr int kTileRows = 4;    // activation rows a tile product works on at once
+constexpr int affine_together(int) { return kVectorRows; }  // matrix rows an affine vector product works on at once
 
 // The first n lanes set, for masked loads and stores.
 inline __m256i first_lanes(int n) {

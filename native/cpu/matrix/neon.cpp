@@ -13,6 +13,7 @@ using VB = uint8x16_t;
 constexpr int kLanes = 4;
 constexpr int kVectorRows = 4;  // matrix rows a vector product with several activation rows works on at once
 constexpr int kTileRows = 8;    // activation rows a tile product works on at once
+constexpr int affine_together(int) { return kVectorRows; }  // matrix rows an affine vector product works on at once
 
 inline VF zero_f() { return vdupq_n_f32(0); }
 inline VI zero_i() { return vdupq_n_s32(0); }

@@ -7,6 +7,7 @@ namespace {
 constexpr int kLanes = 4;
 constexpr int kVectorRows = 4;  // matrix rows a vector product with several activation rows works on at once
 constexpr int kTileRows = 4;
+constexpr int affine_together(int) { return kVectorRows; }  // matrix rows an affine vector product works on at once
 
 struct VF {
     float v[kLanes];

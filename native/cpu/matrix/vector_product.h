@@ -25,7 +25,7 @@ inline void load_rows(const uint8_t* p, int64_t stride, Kind kind, int n, VF* ou
     }
 }
 
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = 8192;
 
 constexpr int float_bytes(Kind kind) { return kind == Kind::f32 ? 4 : 2; }
 
@@ -88,14 +88,15 @@ struct AffineShape {
     int64_t groups;       // of a row
     int64_t row_bytes;    // of codes
     int64_t scale_bytes;  // of a row's scales, and of its biases
-    int64_t ahead;        // rows between a row and the one to ask for, a multiple of kVectorRows
+    int64_t ahead;        // rows between a row and the one to ask for, a multiple of those multiplied together
     int shift;            // lanes of a step to groups
 
     template <int Bits>
     static AffineShape of(const MatrixLayout& m) {
+        constexpr int kTogether = affine_together(Bits);
         const int64_t groups = m.cols / m.group, row_bytes = m.cols * Bits / 8;
         return {groups, row_bytes, groups * float_bytes(m.scale_kind),
-                (kPrefetchBytes / (kVectorRows * row_bytes) + 1) * kVectorRows,
+                (kPrefetchBytes / (kTogether * row_bytes) + 1) * kTogether,
                 log2_of(m.group / (Codes<Bits>::kColumns / kLanes))};
     }
 };
@@ -226,10 +227,11 @@ inline Upcoming upcoming(const Product& job, const AffineShape& shape, int64_t r
 
 template <int Bits, bool Exact, int T>
 void affine_vectors(const Product& job) {
+    constexpr int kTogether = affine_together(Bits);
     const MatrixView& w = *job.matrix;
     const AffineShape shape = AffineShape::of<Bits>(w.layout);
     Ends<T> ends(job);
-    float result[kVectorRows][T];
+    float result[kTogether][T];
     auto block = [&](auto rows, int64_t row) {
         constexpr int R = decltype(rows)::value;
         affine_rows<Bits, Exact, R, T>(w, shape, row, upcoming(job, shape, row + shape.ahead), ends.x, result);
@@ -237,7 +239,7 @@ void affine_vectors(const Product& job) {
             for (int t = 0; t < T; ++t) ends.out[t][row + r] = result[r][t];
     };
     int64_t row = job.begin;
-    for (; row + kVectorRows <= job.end; row += kVectorRows) block(Constant<kVectorRows>{}, row);
+    for (; row + kTogether <= job.end; row += kTogether) block(Constant<kTogether>{}, row);
     for (; row < job.end; ++row) block(Constant<1>{}, row);
 }
 
