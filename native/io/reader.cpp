@@ -12,6 +12,9 @@ namespace {
 // Larger ranges are spread over threads so that one expert lands sooner; smaller pieces cost more calls.
 constexpr int64_t kPiece = int64_t{2} << 20;
 
+// Prefetch reads under way at a time. Three pieces keep a disk busy, and a demand read waits for no more than them.
+constexpr int kPrefetching = 3;
+
 }  // namespace
 
 Reader::Reader(int threads) {
@@ -205,15 +208,28 @@ void Reader::close() {
 void Reader::work() {
     for (;;) {
         Job job;
+        bool ahead = false;
         {
             std::unique_lock lock(mutex_);
-            work_ready_.wait(lock, [this] { return closed_ || !demand_.empty() || !prefetch_.empty(); });
+            work_ready_.wait(lock, [this] {
+                return closed_ || !demand_.empty() || (!prefetch_.empty() && prefetching_ < kPrefetching);
+            });
             if (closed_) return;
-            std::deque<Job>& queue = demand_.empty() ? prefetch_ : demand_;
+            ahead = demand_.empty();
+            std::deque<Job>& queue = ahead ? prefetch_ : demand_;
             job = queue.front();
             queue.pop_front();
+            prefetching_ += ahead ? 1 : 0;
         }
-        finish(job, perform(job));
+        const ReadStatus status = perform(job);
+        if (ahead) {
+            {
+                std::lock_guard lock(mutex_);
+                --prefetching_;
+            }
+            work_ready_.notify_one();  // this thread may take a demand read
+        }
+        finish(job, status);
     }
 }
 

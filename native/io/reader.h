@@ -64,7 +64,7 @@ public:
     void detach(int64_t address);
 
     // Queues all rows, or throws std::invalid_argument naming the bad row and queues none. Demand reads are
-    // always taken before prefetch reads; each queue is first in, first out.
+    // always taken before prefetch reads, of which few run at a time; each queue is first in, first out.
     void submit(const Range* ranges, int64_t count, bool prefetch);
     // Returns tickets finished since the last call: waits for at least `min_count` of them, or for all
     // outstanding ones if they are fewer, but no longer than `timeout` seconds.
@@ -123,6 +123,7 @@ private:
     std::vector<Region> regions_;
     std::deque<Job> demand_;
     std::deque<Job> prefetch_;
+    int prefetching_ = 0;  // threads with a read of that queue
     Tickets tickets_;
     Completions completions_;
     int64_t awaited_ = 0;  // what wait() still wants; it is woken once, not per ticket
