@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moestream.engine.sampling import Sampler, SamplingParams, filtered, token_logprobs
+from moestream.engine.sampling import BLOCK, Sampler, SamplingParams, drawn, filtered, token_logprobs
 from moestream.errors import NonFiniteLogitsError, RequestError
 
 # few distinct values: ties are where filters go wrong
@@ -111,6 +111,24 @@ def test_tiny_temperature_and_huge_logits_do_not_overflow():
     logits = np.array([3e38, -3e38, 0.0], np.float32)
     for temperature in (1e-30, 1.0, 100.0):
         assert Sampler(SamplingParams(temperature=temperature), []).sample(logits, []).token == 0
+
+
+@pytest.mark.parametrize("count", [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 5 * BLOCK + 77])
+def test_a_draw_is_where_the_running_sum_passes_its_share(count):
+    rng = np.random.default_rng(count)
+    weights = rng.integers(0, 3, count).astype(np.float32)  # whole numbers: sums are exact
+    weights[rng.integers(count)] = 1.0
+    edges = np.cumsum(weights, dtype=np.float64)
+    for u in [0.0, 1.0 - 2.0**-53, *rng.random(200)]:
+        index = drawn(weights, u)
+        assert weights[index] > 0
+        assert edges[index] - weights[index] <= u * edges[-1] <= edges[index]
+
+
+def test_a_draw_never_takes_what_weighs_nothing():
+    weights = np.zeros(4 * BLOCK, np.float32)
+    weights[BLOCK + 3] = 0.1
+    assert {drawn(weights, u) for u in (0.0, 0.3, 0.999999, 1.0 - 2.0**-53)} == {BLOCK + 3}
 
 
 def test_same_seed_same_draws_and_no_seed_differs():

@@ -33,6 +33,9 @@ MAX_LOGPROBS = 100
 HEAD = 1024
 """Candidates sorted at first when only top-p bounds them; a flat distribution needs more."""
 
+BLOCK = 512
+"""Weights summed at once to find the block in which a draw falls."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -232,11 +235,32 @@ class Sampler:
 
     def _draw(self, scores: F32) -> int:
         ids, weights = filtered(scores, self.params)
-        edges = np.cumsum(weights, dtype=np.float64)
-        # u * total may round up to the total itself; tokens of weight 0, which a constraint may forbid, follow it
-        last = int(np.searchsorted(edges, edges[-1], side="left"))
-        pick = min(int(np.searchsorted(edges, self._random.random() * edges[-1], side="right")), last)
+        pick = drawn(weights, self._random.random())
         return pick if ids is None else int(ids[pick])
+
+
+def drawn(weights: F32, u: float) -> int:
+    """The index at which the running sum of weights [C] passes ``u`` of their total; weights of 0 are never drawn.
+
+    Args:
+        weights: Not negative, at least one above 0.
+        u: From 0 up to 1.
+    """
+    whole = weights.size - weights.size % BLOCK
+    blocks = weights[:whole].reshape(-1, BLOCK).sum(axis=1, dtype=np.float64)  # a running sum of all takes 2 ms
+    sums = np.append(blocks, weights[whole:].sum(dtype=np.float64))
+    block, before = _passes(sums, u * float(sums.sum()))
+    index, _ = _passes(weights[block * BLOCK : (block + 1) * BLOCK].astype(np.float64), before)
+    return block * BLOCK + index
+
+
+def _passes(weights: npt.NDArray[np.float64], target: float) -> tuple[int, float]:
+    """Where the running sum passes a target, and how much of the target is left there."""
+    edges = np.cumsum(weights)
+    # the target may round up to the total itself; entries of weight 0, which a constraint may forbid, follow it
+    last = int(np.searchsorted(edges, edges[-1], side="left"))
+    index = min(int(np.searchsorted(edges, target, side="right")), last)
+    return index, target - (float(edges[index - 1]) if index else 0.0)
 
 
 def filtered(scores: F32, params: SamplingParams) -> tuple[I64 | None, F32]:
