@@ -14,6 +14,7 @@
 #include "cpu/matrix/input.h"
 #include "cpu/matrix/probes.h"
 #include "cpu/matrix/products.h"
+#include "cpu/sequence/sequence.h"
 
 namespace nb = nanobind;
 
@@ -22,6 +23,7 @@ namespace {
 
 using FloatRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ConstFloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ConstFloats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstIds = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstOffsets = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ConstBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -97,7 +99,8 @@ void expect_input(const Input& x, const MatrixLayout& m) {
         reject("an input of " + std::to_string(x.cols()) + " columns meets a matrix of " + std::to_string(m.cols));
 }
 
-void run_linear(Input& x, const std::vector<Matrix*>& matrices, const std::vector<FloatRows>& outs) {
+std::vector<Target> targets_of(const Input& x, const std::vector<Matrix*>& matrices,
+                               const std::vector<FloatRows>& outs) {
     if (matrices.size() != outs.size()) reject("linear needs one output per matrix");
     std::vector<Target> targets;
     for (size_t i = 0; i < matrices.size(); ++i) {
@@ -106,8 +109,34 @@ void run_linear(Input& x, const std::vector<Matrix*>& matrices, const std::vecto
         expect_shape(outs[i], x.rows(), m.rows, "out");
         targets.push_back({&matrices[i]->view, outs[i].data()});
     }
+    return targets;
+}
+
+void run_linear(Input& x, const std::vector<Matrix*>& matrices, const std::vector<FloatRows>& outs) {
+    const std::vector<Target> targets = targets_of(x, matrices, outs);
     nb::gil_scoped_release release;
     linear(x, targets.data(), static_cast<int>(targets.size()));
+}
+
+void run_normed_linear(Input& x, const ConstFloatRows& rows, const ConstFloats& weight, float eps, bool exact,
+                       const FloatRows& normed, const std::vector<Matrix*>& matrices,
+                       const std::vector<FloatRows>& outs) {
+    const auto count = static_cast<int64_t>(rows.shape(0)), width = static_cast<int64_t>(rows.shape(1));
+    if (static_cast<int64_t>(weight.size()) != width) reject("the norm's weight does not fit the input");
+    expect_shape(normed, count, width, "normed");
+    x.bind(normed.data(), count, width, exact);
+    const std::vector<Target> targets = targets_of(x, matrices, outs);
+    nb::gil_scoped_release release;
+    rms_norm(rows.data(), weight.data(), eps, count, width, normed.data());
+    linear(x, targets.data(), static_cast<int>(targets.size()));
+}
+
+void run_linear_onto(Input& x, Matrix& matrix, const ConstFloatRows& onto, const FloatRows& out) {
+    const std::vector<Target> targets = targets_of(x, {&matrix}, {out});
+    if (onto.shape(0) != out.shape(0) || onto.shape(1) != out.shape(1)) reject("onto must have the shape of out");
+    nb::gil_scoped_release release;
+    linear(x, targets.data(), 1);
+    add(onto.data(), static_cast<int64_t>(onto.size()), out.data());
 }
 
 void expect_block(const Input& x, const MatrixLayout& gate, const MatrixLayout& up, const MatrixLayout& down) {
@@ -227,6 +256,12 @@ void bind_matrix(nb::module_& m) {
              nb::arg("offsets").noconvert(), nb::arg("starts").noconvert(), nb::arg("pairs").noconvert(), nb::arg("k"),
              nb::arg("out").noconvert());
     m.def("linear", &run_linear, nb::arg("x").noconvert(), nb::arg("matrices"), nb::arg("outs").noconvert());
+    m.def("normed_linear", &run_normed_linear, nb::arg("x").noconvert(), nb::arg("rows").noconvert(),
+          nb::arg("weight").noconvert(), nb::arg("eps"), nb::arg("exact"), nb::arg("normed").noconvert(),
+          nb::arg("matrices"), nb::arg("outs").noconvert(),
+          "RMSNorm of `rows` [T, K] into `normed`, which becomes the input, and its products. The caller keeps it alive.");
+    m.def("linear_onto", &run_linear_onto, nb::arg("x").noconvert(), nb::arg("matrix"), nb::arg("onto").noconvert(),
+          nb::arg("out").noconvert());
     m.def("swiglu", &run_swiglu, nb::arg("x").noconvert(), nb::arg("gate"), nb::arg("up"), nb::arg("down"),
           nb::arg("out").noconvert());
     m.def("embed", &run_embed, nb::arg("ids").noconvert(), nb::arg("table"), nb::arg("out").noconvert());

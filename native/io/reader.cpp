@@ -112,15 +112,13 @@ void Reader::submit(const Range* ranges, int64_t count, bool prefetch) {
             asked += ranges[i].nbytes;
         }
         pieces = queue.size() - queued;
+        if (prefetch) pieces = std::min<size_t>(pieces, kPrefetching);
     }
     {
         std::lock_guard lock(disk_mutex_);
         counters_.bytes_asked += asked;
     }
-    if (pieces == 1)
-        work_ready_.notify_one();
-    else
-        work_ready_.notify_all();
+    for (size_t i = 0; i < std::min(pieces, threads_.size()); ++i) work_ready_.notify_one();
 }
 
 Completions Reader::wait(int64_t min_count, double timeout) {

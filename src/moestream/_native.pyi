@@ -95,6 +95,13 @@ class Experts:
 
 def linear(x: Input, matrices: Sequence[Matrix], outs: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]]) -> None: ...
 
+def normed_linear(x: Input, rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], eps: float, exact: bool, normed: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], matrices: Sequence[Matrix], outs: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]]) -> None:
+    """
+    RMSNorm of `rows` [T, K] into `normed`, which becomes the input, and its products. The caller keeps it alive.
+    """
+
+def linear_onto(x: Input, matrix: Matrix, onto: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None: ...
+
 def swiglu(x: Input, gate: Matrix, up: Matrix, down: Matrix, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None: ...
 
 def embed(ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], table: Matrix, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None: ...

@@ -107,6 +107,22 @@ def test_matrices_of_one_input_may_differ(tier: str, exact: bool) -> None:
             np.testing.assert_array_equal(got, ops.linear(x, [matrix])[0])
 
 
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_fused_products_equal_their_parts(tier: str, exact: bool, count: int) -> None:
+    rng = np.random.default_rng(6)
+    ops = CpuOps(2, exact)
+    cases = [Case.random(rng, rows, 192, e) for rows, e in ((7, MAIN), (33, Encoding("bf16")), (192, MAIN))]
+    matrices = [ops.matrix(c.layout, c.parts) for c in cases]
+    x = rng.standard_normal((count, 192)).astype(np.float32)
+    norm = rng.standard_normal(192).astype(np.float32)
+    h, outs = ops.normed_linear(x, norm, 1e-6, matrices)
+    np.testing.assert_array_equal(h, ops.rms_norm(x, norm, 1e-6))
+    for got, want in zip(outs, ops.linear(h, matrices), strict=True):
+        np.testing.assert_array_equal(got, want)
+    rows = rng.standard_normal((count, 192)).astype(np.float32)
+    np.testing.assert_array_equal(ops.linear_onto(x, rows, matrices[2]), x + ops.linear(rows, [matrices[2]])[0])
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: f"{e.name} {e.scale_dtype}")
 def test_nothing_is_read_past_a_part(tier: str, exact: bool, encoding: Encoding) -> None:
     """Each part ends where unreadable memory begins; reading on would end the process."""
@@ -173,6 +189,11 @@ def test_wrong_shapes_are_named() -> None:
         ops.linear(np.zeros((1, 32), np.float32), [matrix])
     with pytest.raises(ValueError, match="id 8 is outside of the table"):
         ops.embed(np.array([8], np.int32), matrix)
+    row = np.zeros((1, 64), np.float32)
+    with pytest.raises(ValueError, match="the norm's weight does not fit"):
+        ops.normed_linear(row, np.ones(63, np.float32), 1e-6, [matrix])
+    with pytest.raises(ValueError, match=r"out must be \[1, 8\]"):
+        ops.linear_onto(row, row, matrix)
     with pytest.raises(ValueError, match="do not fit together"):
         ops.swiglu(np.zeros((1, 64), np.float32), matrix, matrix, matrix)
     with pytest.raises(ValueError, match="affine bits must be"):

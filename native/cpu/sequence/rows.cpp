@@ -18,6 +18,12 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int6
     });
 }
 
+void add(const float* x, int64_t count, float* y) {
+    pool().parallel_for(count, kTaskFloats, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) y[i] += x[i];
+    });
+}
+
 void route(const float* logits, int64_t rows, int64_t experts, int64_t k, bool renormalise, int32_t* ids,
            float* weights) {
     const SequenceKernels& kernels = sequence_kernels();

@@ -8,6 +8,8 @@
 namespace moestream {
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t width, float* y);
+// y += x
+void add(const float* x, int64_t count, float* y);
 void route(const float* logits, int64_t rows, int64_t experts, int64_t k, bool renormalise, int32_t* ids,
            float* weights);
 

@@ -110,6 +110,12 @@ class Ops(Protocol):
     def linear(self, x: F32, matrices: Sequence[Matrix]) -> list[F32]:
         """x W^T for matrices sharing one input, whose rounding is done once: [T, K] -> [[T, N], ...]."""
 
+    def normed_linear(self, x: F32, norm: F32, eps: float, matrices: Sequence[Matrix]) -> tuple[F32, list[F32]]:
+        """RMSNorm h of x [T, K] with weight norm [K], and its products: h [T, K], [h W^T [T, N], ...]."""
+
+    def linear_onto(self, x: F32, rows: F32, matrix: Matrix) -> F32:
+        """x + rows W^T: x [T, N], rows [T, K] -> [T, N]."""
+
     def swiglu(self, x: F32, gate: Matrix, up: Matrix, down: Matrix) -> F32:
         """down(silu(gate x) * up x): [T, H] -> [T, H]."""
 

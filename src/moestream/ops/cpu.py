@@ -78,6 +78,21 @@ class CpuOps(SequenceOps):
         _native.linear(self._input, list(matrices), outs)
         return outs
 
+    def normed_linear(self, x: F32, norm: F32, eps: float, matrices: Sequence[_native.Matrix]) -> tuple[F32, list[F32]]:
+        """RMSNorm of x [T, K] and its products: h [T, K], [h W^T [T, N], ...]."""
+        h = np.empty_like(x)
+        outs = [np.empty((len(x), m.rows), np.float32) for m in matrices]
+        self._bound = None
+        _native.normed_linear(self._input, x, norm, eps, self.exact, h, matrices, outs)
+        return h, outs
+
+    def linear_onto(self, x: F32, rows: F32, matrix: _native.Matrix) -> F32:
+        """Compute x + rows W^T: x [T, N], rows [T, K] -> [T, N]."""
+        out = np.empty_like(x)
+        self._bind(rows)
+        _native.linear_onto(self._input, matrix, x, out)
+        return out
+
     def swiglu(self, x: F32, gate: _native.Matrix, up: _native.Matrix, down: _native.Matrix) -> F32:
         """down(silu(gate x) * up x): [T, H] -> [T, H]."""
         out = np.empty((len(x), down.rows), np.float32)

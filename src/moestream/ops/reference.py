@@ -66,6 +66,17 @@ class ReferenceOps:
         x64 = _f64(x)
         return [_f32(x64 @ _f64(m.dense).T) for m in matrices]
 
+    def normed_linear(
+        self, x: F32, norm: F32, eps: float, matrices: Sequence[ReferenceMatrix]
+    ) -> tuple[F32, list[F32]]:
+        """RMSNorm of x [T, K] and its products: h [T, K], [h W^T [T, N], ...]."""
+        h = self.rms_norm(x, norm, eps)
+        return h, self.linear(h, matrices)
+
+    def linear_onto(self, x: F32, rows: F32, matrix: ReferenceMatrix) -> F32:
+        """Compute x + rows W^T: x [T, N], rows [T, K] -> [T, N]."""
+        return _f32(_f64(x) + _f64(rows) @ _f64(matrix.dense).T)
+
     def swiglu(self, x: F32, gate: ReferenceMatrix, up: ReferenceMatrix, down: ReferenceMatrix) -> F32:
         """down(silu(gate x) * up x): [T, H] -> [T, H]."""
         return _swiglu(x, gate.dense, up.dense, down.dense)
