@@ -84,8 +84,6 @@ inline int32_t sum_i(VI v) {
 inline VF to_float(VI v) { return _mm256_cvtepi32_ps(v); }
 inline VI round_i(VF v) { return _mm256_cvtps_epi32(v); }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-// Of bytes read once: what they displace in the caches is not written on to the outer ones.
-inline void prefetch_once(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
 inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 inline VB opaque(VB v) {
     asm volatile("" : "+x"(v));

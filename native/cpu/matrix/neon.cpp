@@ -76,8 +76,6 @@ inline int32_t sum_i(VI v) { return vaddvq_s32(v); }
 inline VF to_float(VI v) { return vcvtq_f32_s32(v); }
 inline VI round_i(VF v) { return vcvtnq_s32_f32(v); }
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
-// Of bytes read once: what they displace in the caches is not written on to the outer ones.
-inline void prefetch_once(const uint8_t* p) { __builtin_prefetch(p, 0, 0); }
 inline void prefetch_far(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 inline VB opaque(VB v) {
     asm volatile("" : "+w"(v));

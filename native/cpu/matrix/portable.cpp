@@ -135,8 +135,6 @@ inline VF scale_by_power(VF a, VI n) {
     return each([&](int l) { return a.v[l] * from_bits(static_cast<uint32_t>(n.v[l] + 127) << 23); });
 }
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
-// Of bytes read once: what they displace in the caches is not written on to the outer ones.
-inline void prefetch_once(const uint8_t* p) { __builtin_prefetch(p, 0, 0); }
 inline void prefetch_far(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 inline VB opaque(VB v) {
     asm volatile("" : "+m"(v));

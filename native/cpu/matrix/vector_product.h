@@ -25,7 +25,8 @@ inline void load_rows(const uint8_t* p, int64_t stride, Kind kind, int n, VF* ou
     }
 }
 
-constexpr int64_t kPrefetchBytes = 8192;
+// Into the first cache: Intel gives non-temporal prefetches half the bandwidth of a Xeon, AMD makes no difference.
+constexpr int64_t kPrefetchBytes = 4096;
 
 constexpr int float_bytes(Kind kind) { return kind == Kind::f32 ? 4 : 2; }
 
@@ -116,8 +117,8 @@ inline void affine_rows(const MatrixView& w, const AffineShape& shape, int64_t r
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) acc[r][t] = zero_f();
     for (int64_t line = 0; line < R * shape.scale_bytes; line += 64) {
-        prefetch_once(next.scales + line);
-        prefetch_once(next.biases + line);
+        prefetch(next.scales + line);
+        prefetch(next.biases + line);
     }
     const uint8_t* p = w.codes + row * row_bytes;
     const uint8_t* scales = w.scales + row * shape.scale_bytes;
@@ -139,7 +140,7 @@ inline void affine_rows(const MatrixView& w, const AffineShape& shape, int64_t r
             }
         Counter counter = first_step();
         auto step = [&](auto&& load) {
-            for (int line = 0; line < kLines; ++line) prefetch_once(next.codes + line * 64);
+            for (int line = 0; line < kLines; ++line) prefetch(next.codes + line * 64);
             next.codes += R * C::kBytes;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
@@ -180,7 +181,7 @@ inline void float_rows(const MatrixView& w, int64_t row, const Line* x, float (*
     auto step = [&](int chain, int64_t k) {
         for (int r = 0; r < R; ++r) {
             const uint8_t* from = p + (r * cols + k) * kBytes;
-            prefetch_once(from + ahead);
+            prefetch(from + ahead);
             const VF v = load_floats(from, K, kLanes);
             for (int t = 0; t < T; ++t) acc[chain][r][t] = fma_f(v, load_f(x[t].values + k), acc[chain][r][t]);
         }
