@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "bind/matrix.h"
 #include "cpu/matrix/input.h"
 #include "cpu/matrix/probes.h"
 #include "cpu/matrix/products.h"
@@ -26,7 +27,6 @@ using ConstFloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::d
 using ConstFloats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstIds = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstOffsets = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using ConstBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 [[noreturn]] void reject(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -65,28 +65,6 @@ std::vector<int64_t> part_bytes(const MatrixLayout& m) {
     const int64_t scales = m.rows * (m.cols / m.group) * float_bytes(m.scale_kind);
     return {m.rows * m.cols * m.bits / 8, scales, scales};
 }
-
-// A matrix whose parts live in arrays that the handle keeps alive.
-struct Matrix {
-    MatrixView view;
-    std::vector<ConstBytes> parts;
-
-    Matrix(const MatrixLayout& layout, std::vector<ConstBytes> arrays) : view{layout, nullptr, nullptr, nullptr} {
-        const std::vector<int64_t> sizes = part_bytes(layout);
-        if (arrays.size() != sizes.size())
-            reject("expected " + std::to_string(sizes.size()) + " parts, got " + std::to_string(arrays.size()));
-        for (size_t i = 0; i < sizes.size(); ++i)
-            if (static_cast<int64_t>(arrays[i].size()) < sizes[i])
-                reject("part " + std::to_string(i) + " holds " + std::to_string(arrays[i].size()) + " bytes, needs " +
-                       std::to_string(sizes[i]));
-        parts = std::move(arrays);
-        view.codes = parts[0].data();
-        if (parts.size() == 3) {
-            view.scales = parts[1].data();
-            view.biases = parts[2].data();
-        }
-    }
-};
 
 void expect_shape(const FloatRows& array, int64_t rows, int64_t cols, const char* name) {
     if (static_cast<int64_t>(array.shape(0)) != rows || static_cast<int64_t>(array.shape(1)) != cols)
@@ -224,6 +202,22 @@ void run_embed(const ConstIds& ids, const Matrix& table, const FloatRows& out) {
 }
 
 }  // namespace
+
+Matrix::Matrix(const MatrixLayout& layout, std::vector<ConstBytes> arrays) : view{layout, nullptr, nullptr, nullptr} {
+    const std::vector<int64_t> sizes = part_bytes(layout);
+    if (arrays.size() != sizes.size())
+        reject("expected " + std::to_string(sizes.size()) + " parts, got " + std::to_string(arrays.size()));
+    for (size_t i = 0; i < sizes.size(); ++i)
+        if (static_cast<int64_t>(arrays[i].size()) < sizes[i])
+            reject("part " + std::to_string(i) + " holds " + std::to_string(arrays[i].size()) + " bytes, needs " +
+                   std::to_string(sizes[i]));
+    parts = std::move(arrays);
+    view.codes = parts[0].data();
+    if (parts.size() == 3) {
+        view.scales = parts[1].data();
+        view.biases = parts[2].data();
+    }
+}
 
 void bind_matrix(nb::module_& m) {
     // noconvert: a converted copy would be read after its end, or written in vain.

@@ -30,4 +30,5 @@ NB_MODULE(_native, m) {
     bind_io(m);
     bind_matrix(m);
     bind_sequence(m);
+    bind_steps(m);
 }

@@ -1,54 +1,18 @@
 // Python face of cpu/sequence: checks shapes, then runs without the GIL.
 #include "cpu/sequence/sequence.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
-#include <initializer_list>
 #include <optional>
 #include <string>
 
 #include "bind/bind.h"
+#include "bind/sequence.h"
 
 namespace nb = nanobind;
 
 namespace moestream {
 namespace {
-
-using In = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
-using Out = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
-using OutIds = nb::ndarray<int32_t, nb::c_contig, nb::device::cpu>;
-using OutAny = nb::ndarray<nb::c_contig, nb::device::cpu>;
-
-[[noreturn]] void fail(const std::string& message) { throw nb::value_error(message.c_str()); }
-
-template <class Array>
-std::string shape_of(const Array& array) {
-    std::string text = "[";
-    for (size_t i = 0; i < array.ndim(); ++i) text += (i ? ", " : "") + std::to_string(array.shape(i));
-    return text + "]";
-}
-
-template <class Array>
-void expect(const Array& array, const char* name, std::initializer_list<int64_t> shape) {
-    bool same = array.ndim() == shape.size();
-    size_t i = 0;
-    for (int64_t n : shape) same = same && static_cast<int64_t>(array.shape(i++)) == n;
-    if (same) return;
-    std::string wanted;
-    for (int64_t n : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(n);
-    fail(std::string(name) + " must be [" + wanted + "], got " + shape_of(array));
-}
-
-template <class Array>
-int64_t rows_of(const Array& array, const char* name) {
-    if (array.ndim() != 2) fail(std::string(name) + " must have 2 dimensions, got " + shape_of(array));
-    return static_cast<int64_t>(array.shape(0));
-}
-
-void require(bool holds, const char* message) {
-    if (!holds) fail(message);
-}
 
 void bind_rms_norm(const In& x, const In& weight, float eps, const Out& out) {
     const int64_t rows = rows_of(x, "x"), width = static_cast<int64_t>(x.shape(1));
@@ -88,52 +52,21 @@ void bind_combine(const In& x, const In& expert_out, const In& weights, const st
 void bind_attention(const In& q, const In& k, const In& v, const In& cos, const In& sin, const In& q_norm,
                     const In& k_norm, const OutAny& cache_k, const OutAny& cache_v, int64_t length, int64_t heads,
                     int64_t kv_heads, int64_t head_dim, int64_t rotary_dim, bool gated, float eps, const Out& out) {
-    require(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "heads must be a positive multiple of kv_heads");
-    require(head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be between 1 and 1024");
-    require(rotary_dim >= 0 && rotary_dim <= head_dim && rotary_dim % 2 == 0,
-            "rotary_dim must be even and at most head_dim");
-    const int64_t tokens = rows_of(q, "q");
-    expect(q, "q", {tokens, heads * head_dim * (gated ? 2 : 1)});
-    expect(k, "k", {tokens, kv_heads * head_dim});
-    expect(v, "v", {tokens, kv_heads * head_dim});
-    expect(cos, "cos", {tokens, rotary_dim / 2});
-    expect(sin, "sin", {tokens, rotary_dim / 2});
-    expect(q_norm, "q_norm", {head_dim});
-    expect(k_norm, "k_norm", {head_dim});
-    expect(out, "out", {tokens, heads * head_dim});
-    require(cache_k.ndim() == 3, "cache.k must be [kv_heads, capacity, head_dim]");
-    const int64_t capacity = static_cast<int64_t>(cache_k.shape(1));
-    expect(cache_k, "cache.k", {kv_heads, capacity, head_dim});
-    expect(cache_v, "cache.v", {kv_heads, capacity, head_dim});
-    const nb::dlpack::dtype type = cache_k.dtype();
-    require(type == cache_v.dtype() && type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) &&
-                (type.bits == 16 || type.bits == 32),
-            "cache.k and cache.v must both be float32 or both float16");
-    if (length < 0 || length + tokens > capacity)
-        fail("the cache holds " + std::to_string(length) + " of " + std::to_string(capacity) + " tokens, no room for " +
-             std::to_string(tokens) + " more");
-    const AttentionArgs args{
-        .q = q.data(),
-        .k = k.data(),
-        .v = v.data(),
-        .cos = cos.data(),
-        .sin = sin.data(),
-        .q_norm = q_norm.data(),
-        .k_norm = k_norm.data(),
-        .cache_k = cache_k.data(),
-        .cache_v = cache_v.data(),
-        .out = out.data(),
-        .tokens = tokens,
-        .past = length,
-        .capacity = capacity,
-        .heads = heads,
-        .kv_heads = kv_heads,
-        .head_dim = head_dim,
-        .rotary_dim = rotary_dim,
-        .eps = eps,
-        .gated = gated,
-        .half = type.bits == 16,
-    };
+    AttentionArgs args = attention_constants(q_norm, k_norm, heads, kv_heads, head_dim, rotary_dim, gated, eps);
+    args.tokens = rows_of(q, "q");
+    expect(q, "q", {args.tokens, heads * head_dim * (gated ? 2 : 1)});
+    expect(k, "k", {args.tokens, kv_heads * head_dim});
+    expect(v, "v", {args.tokens, kv_heads * head_dim});
+    expect(cos, "cos", {args.tokens, rotary_dim / 2});
+    expect(sin, "sin", {args.tokens, rotary_dim / 2});
+    expect(out, "out", {args.tokens, heads * head_dim});
+    use_cache(cache_k, cache_v, length, args);
+    args.q = q.data();
+    args.k = k.data();
+    args.v = v.data();
+    args.cos = cos.data();
+    args.sin = sin.data();
+    args.out = out.data();
     nb::gil_scoped_release release;
     attention(args);
 }
@@ -141,48 +74,96 @@ void bind_attention(const In& q, const In& k, const In& v, const In& cos, const 
 void bind_delta_net(const In& u, const In& z, const In& b, const In& a, const In& conv, const In& neg_exp_a,
                     const In& dt_bias, const In& norm, const Out& state_conv, const Out& state_s, int64_t key_heads,
                     int64_t value_heads, int64_t key_dim, int64_t value_dim, float eps, const Out& out) {
-    require(key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0,
-            "value_heads must be a positive multiple of key_heads");
-    require(key_dim > 0 && value_dim > 0, "key_dim and value_dim must be positive");
-    const int64_t tokens = rows_of(u, "u"), channels = 2 * key_heads * key_dim + value_heads * value_dim;
-    rows_of(conv, "conv");
-    const int64_t width = static_cast<int64_t>(conv.shape(1));
-    require(width > 0 && width <= kMaxConvWidth, "conv must have 1 to 16 columns");
-    expect(u, "u", {tokens, channels});
-    expect(z, "z", {tokens, value_heads * value_dim});
-    expect(b, "b", {tokens, value_heads});
-    expect(a, "a", {tokens, value_heads});
-    expect(conv, "conv", {channels, width});
-    expect(neg_exp_a, "neg_exp_a", {value_heads});
-    expect(dt_bias, "dt_bias", {value_heads});
-    expect(norm, "norm", {value_dim});
-    expect(state_conv, "state.conv", {width - 1, channels});
-    expect(state_s, "state.s", {value_heads, key_dim, value_dim});
-    expect(out, "out", {tokens, value_heads * value_dim});
-    DeltaNetArgs args{};
+    DeltaNetArgs args =
+        delta_net_constants(conv, neg_exp_a, dt_bias, norm, key_heads, value_heads, key_dim, value_dim, eps);
+    args.tokens = rows_of(u, "u");
+    expect(u, "u", {args.tokens, args.channels()});
+    expect(z, "z", {args.tokens, value_heads * value_dim});
+    expect(b, "b", {args.tokens, value_heads});
+    expect(a, "a", {args.tokens, value_heads});
+    expect(out, "out", {args.tokens, value_heads * value_dim});
+    use_state(state_conv, state_s, args);
     args.u = u.data();
     args.z = z.data();
     args.b = b.data();
     args.a = a.data();
-    args.conv = conv.data();
-    args.neg_exp_a = neg_exp_a.data();
-    args.dt_bias = dt_bias.data();
-    args.norm = norm.data();
-    args.state_conv = state_conv.data();
-    args.state_s = state_s.data();
     args.out = out.data();
-    args.tokens = tokens;
-    args.key_heads = key_heads;
-    args.value_heads = value_heads;
-    args.key_dim = key_dim;
-    args.value_dim = value_dim;
-    args.width = width;
-    args.eps = eps;
     nb::gil_scoped_release release;
     delta_net(args);
 }
 
 }  // namespace
+
+AttentionArgs attention_constants(const In& q_norm, const In& k_norm, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                  int64_t rotary_dim, bool gated, float eps) {
+    require(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "heads must be a positive multiple of kv_heads");
+    require(head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be between 1 and 1024");
+    require(rotary_dim >= 0 && rotary_dim <= head_dim && rotary_dim % 2 == 0,
+            "rotary_dim must be even and at most head_dim");
+    expect(q_norm, "q_norm", {head_dim});
+    expect(k_norm, "k_norm", {head_dim});
+    AttentionArgs args{};
+    args.q_norm = q_norm.data();
+    args.k_norm = k_norm.data();
+    args.heads = heads;
+    args.kv_heads = kv_heads;
+    args.head_dim = head_dim;
+    args.rotary_dim = rotary_dim;
+    args.eps = eps;
+    args.gated = gated;
+    return args;
+}
+
+void use_cache(const OutAny& cache_k, const OutAny& cache_v, int64_t length, AttentionArgs& args) {
+    require(cache_k.ndim() == 3, "cache.k must be [kv_heads, capacity, head_dim]");
+    args.past = length;
+    args.capacity = static_cast<int64_t>(cache_k.shape(1));
+    expect(cache_k, "cache.k", {args.kv_heads, args.capacity, args.head_dim});
+    expect(cache_v, "cache.v", {args.kv_heads, args.capacity, args.head_dim});
+    const nb::dlpack::dtype type = cache_k.dtype();
+    require(type == cache_v.dtype() && type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) &&
+                (type.bits == 16 || type.bits == 32),
+            "cache.k and cache.v must both be float32 or both float16");
+    if (length < 0 || length + args.tokens > args.capacity)
+        fail("the cache holds " + std::to_string(length) + " of " + std::to_string(args.capacity) +
+             " tokens, no room for " + std::to_string(args.tokens) + " more");
+    args.cache_k = cache_k.data();
+    args.cache_v = cache_v.data();
+    args.half = type.bits == 16;
+}
+
+DeltaNetArgs delta_net_constants(const In& conv, const In& neg_exp_a, const In& dt_bias, const In& norm,
+                                 int64_t key_heads, int64_t value_heads, int64_t key_dim, int64_t value_dim,
+                                 float eps) {
+    require(key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0,
+            "value_heads must be a positive multiple of key_heads");
+    require(key_dim > 0 && value_dim > 0, "key_dim and value_dim must be positive");
+    rows_of(conv, "conv");
+    DeltaNetArgs args{};
+    args.key_heads = key_heads;
+    args.value_heads = value_heads;
+    args.key_dim = key_dim;
+    args.value_dim = value_dim;
+    args.width = static_cast<int64_t>(conv.shape(1));
+    args.eps = eps;
+    require(args.width > 0 && args.width <= kMaxConvWidth, "conv must have 1 to 16 columns");
+    expect(conv, "conv", {args.channels(), args.width});
+    expect(neg_exp_a, "neg_exp_a", {value_heads});
+    expect(dt_bias, "dt_bias", {value_heads});
+    expect(norm, "norm", {value_dim});
+    args.conv = conv.data();
+    args.neg_exp_a = neg_exp_a.data();
+    args.dt_bias = dt_bias.data();
+    args.norm = norm.data();
+    return args;
+}
+
+void use_state(const Out& conv, const Out& s, DeltaNetArgs& args) {
+    expect(conv, "state.conv", {args.width - 1, args.channels()});
+    expect(s, "state.s", {args.value_heads, args.key_dim, args.value_dim});
+    args.state_conv = conv.data();
+    args.state_s = s.data();
+}
 
 // Nothing is converted on the way in: a converted copy of an output would swallow the result.
 void bind_sequence(nb::module_& m) {

@@ -10,7 +10,7 @@ Hk/Hv delta-net key/value heads, Dk/Dv their dims, W conv width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,6 +91,14 @@ class DeltaState:
     s: F32  # [Hv, Dk, Dv]
 
 
+AttentionStep = Callable[[F32, F32, F32, Sequence[KVCache]], F32]
+"""x [T, H], cos and sin [T, R / 2], T caches -> [T, H]."""
+DeltaNetStep = Callable[[F32, Sequence[DeltaState]], F32]
+"""x [T, H], T states -> [T, H]."""
+RouteStep = Callable[[F32, int], tuple[F32, I32, F32, F32 | None]]
+"""x [T, H], k -> normed [T, H], ids [T, k], weights [T, k], shared gate [T, 1]."""
+
+
 class Ops(Protocol):
     """What a model needs from a backend. Inputs are never modified unless the docstring says so."""
 
@@ -150,3 +158,21 @@ class Ops(Protocol):
         One sequence: u [T, C] (q, k, v projections before the conv), z [T, Hv * Dv], b and a [T, Hv] -> [T, Hv * Dv].
         Updates ``state`` in place.
         """
+
+    def attention_step(
+        self, norm: F32, q: Matrix, k: Matrix, v: Matrix, o: Matrix, p: AttentionParams
+    ) -> AttentionStep:
+        """What an attention layer does to one new token of each of T sequences: x + o(attention(qkv(norm(x)))).
+
+        Made once for a layer; every cache grows by one token, for which it must have room.
+        """
+
+    def delta_net_step(
+        self, norm: F32, qkv: Matrix, z: Matrix, b: Matrix, a: Matrix, out: Matrix, p: DeltaNetParams
+    ) -> DeltaNetStep:
+        """What a delta-net layer does to one new token of each of T sequences: x + out(delta_net(norm(x)))."""
+
+    def route_step(
+        self, norm: F32, eps: float, router: Matrix, shared_gate: Matrix | None, renormalise: bool
+    ) -> RouteStep:
+        """What the experts of a layer need of x: its RMSNorm, the router's choice, and the shared expert's gate."""

@@ -22,6 +22,7 @@ from moestream.system import cpu_count
 try:
     from moestream import _native
     from moestream.ops.cpu_sequence import SequenceOps
+    from moestream.ops.cpu_steps import NativeSteps
 except ImportError as error:
     raise BackendError(
         f"the native kernels are missing ({error}): install a C++20 compiler and CMake, then reinstall moestream "
@@ -31,7 +32,7 @@ except ImportError as error:
 _SMALL_INPUT = 16  # rows up to which rounding an input again costs less than a mistake would
 
 
-class CpuOps(SequenceOps):
+class CpuOps(SequenceOps, NativeSteps):
     """``Ops`` on the CPU. Float32 C-contiguous arrays in and out; a wrong shape raises ``ValueError``.
 
     Thread rule: one call at a time. The compute threads belong to the process, so the last instance made sets their

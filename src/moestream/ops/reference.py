@@ -16,6 +16,7 @@ import numpy.typing as npt
 from moestream.checkpoint.encoding import MatrixLayout
 from moestream.checkpoint.quant import decode, decode_rows
 from moestream.ops.base import F32, I32, U8, AttentionParams, DeltaNetParams, DeltaState, KVCache, Wave
+from moestream.ops.steps import ComposedSteps
 
 F64 = npt.NDArray[np.float64]
 
@@ -43,7 +44,7 @@ class ReferenceMatrix:
         return decode_rows(self.layout, self._parts, ids) if self._parts else self.dense[ids]
 
 
-class ReferenceOps:
+class ReferenceOps(ComposedSteps):
     """``Ops`` in numpy. Float32 in and out, every sum in float64."""
 
     name = "reference"
