@@ -36,7 +36,8 @@ class HashModel:
         return States(limit)
 
     def layers(self, batch):
-        yield
+        if (yield "layer"):
+            yield "layer"
         return self.forward(batch)
 
     def forward(self, batch):

@@ -34,8 +34,8 @@ class CostModel(HashModel):
         sweep = self.fixed if any(s.length > 1 for s in batch.segments) else 0.0
         for layer in range(LAYERS):
             self.now += (sweep + self.decode + self.token * len(batch.ids)) / LAYERS
-            if layer + 1 < LAYERS:
-                yield
+            if layer + 1 < LAYERS and (yield "layer"):
+                yield "layer"
         for states in half_way:
             del self.half_way[states]
         return self.forward(batch)

@@ -5,7 +5,8 @@ Shape letters: as in ``ops/base.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -36,6 +37,9 @@ class ExpertSource(Protocol):
 
     def stream(self, layer: int, ids: I32) -> ExpertStream:
         """Submit every read that ids [T, k] need of ``layer``, and return at once."""
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """While entered, the streams of another pass may run; then the stream that has not ended goes on."""
 
 
 class ReadAhead(Protocol):
@@ -69,7 +73,7 @@ class Step:
 
 @dataclass(slots=True)
 class Scratch:
-    """Memory for expert outputs, reused by all layers."""
+    """Memory for expert outputs, reused by all layers of a pass."""
 
     rows: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
@@ -90,8 +94,8 @@ class Mixer(Protocol):
 class Mlp(Protocol):
     """Works on each row alone."""
 
-    def forward(self, x: F32, h: F32, layer: int, step: Step) -> F32:
-        """Residual x [T, H] plus the MLP of h [T, H] -> [T, H]."""
+    def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Residual x [T, H] plus the MLP of h [T, H] -> [T, H]; yields, as ``Model.layers``, where the pass may rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +154,9 @@ class DenseMlp:
     up: Matrix
     down: Matrix
 
-    def forward(self, x: F32, h: F32, layer: int, step: Step) -> F32:
-        """Compute x + mlp(h)."""
+    def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Compute x + mlp(h), in one piece."""
+        yield from ()
         return x + step.ops.swiglu(h, self.gate, self.up, self.down)
 
 
@@ -164,8 +169,8 @@ class Moe:
     shared_gate: Matrix | None
     renormalise: bool
 
-    def forward(self, x: F32, h: F32, layer: int, step: Step) -> F32:
-        """Compute x + experts(h); rows whose expert could not be read go into ``batch.failures``.
+    def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Compute x + experts(h), with a rest after each wave; rows that lost an expert go into ``batch.failures``.
 
         Raises:
             MoestreamError: the source lost a routed pair without reporting a failure.
@@ -185,6 +190,7 @@ class Moe:
         for wave in stream:
             ops.experts(h, wave, k, out)
             done += len(wave.pairs)
+            yield "wave"
         for pairs, error in stream.failures:
             out[pairs] = 0.0
             done += len(pairs)
