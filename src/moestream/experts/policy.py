@@ -136,6 +136,10 @@ class LFRU:
         """Slots holding nothing."""
         return len(self._free)
 
+    def unused(self) -> int:
+        """Slots whose bytes are on their way, or there and not used yet."""
+        return self._new.count(1)
+
     def spare(self) -> int:
         """Slots that are free or can be made so."""
         return self.capacity - (len(self.pinned) - self.pinned.count(0))

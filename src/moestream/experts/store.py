@@ -169,8 +169,10 @@ class ExpertStore:
         turn.layer = layer
 
     def _set_reserve(self) -> None:
-        """Keep free what the step needs, or the one at rest if that is more: it goes on soon."""
-        self.policy.reserve = self._reserve(max(self._turn.rows, self._rested.rows if self._rested else 0))
+        """Keep free what the step needs, besides what the pass at rest has not used yet: that leaves too few slots."""
+        unused = 0 if self._rested is None else self.policy.unused()
+        self.policy.reserve = min(self.policy.capacity, self._reserve(self._turn.rows) + unused)
+        self.policy.release(())
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -341,7 +343,7 @@ class ExpertStore:
         return used
 
     def promote(self, keys: Sequence[int]) -> None:
-        """Somebody waits for these keys now, as far as they are on their way."""
+        """Somebody waits for these keys now: what is on its way comes first."""
         self._bytes_ahead += sum(self._nbytes[key] for key in self._flight.promote(keys))
 
     def read_ahead(self) -> bool:
@@ -368,10 +370,8 @@ class ExpertStore:
         slot_of = self.policy.slot_of
         plan = self._plans[self._layer_of_key[keys[0]]]
         assert plan is not None  # keys exist only for layers with experts
-        behind = ahead or self._rested is not None
-        self._flight.submit(keys, plan.ranges(keys, [slot_of[key] for key in keys], self.arena), behind)
-        if behind and not ahead:
-            self._flight.promote(keys)  # past the reads of the pass at rest
+        sweeps = self._turn.rows >= SWEEP_ROWS and self._rested is None  # whoever runs while it rests goes first
+        self._flight.submit(keys, plan.ranges(keys, [slot_of[key] for key in keys], self.arena), ahead, ahead or sweeps)
 
     def wait(self, timeout: float = _POLL_SECONDS) -> bool:
         """Wait for a read to end and sort what came; False if nothing did."""

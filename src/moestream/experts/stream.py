@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SWEEP_WAVE = 8
 """Experts of a wave while reads still want slots: a longer one would hold landed bytes, and the disk would idle."""
+LONGEST_WAVE = 64
+"""Experts of any wave of a sweep: it can rest between two. Shorter ones cost up to a tenth of what experts take."""
 
 
 class ExpertStream:
@@ -105,7 +107,8 @@ class ExpertStream:
                     raise RuntimeError("every slot is in use by a stream that never ended: the store must be reset")
             self._store.wait()
         # While reads want slots, what landed last goes first: hits can wait in theirs.
-        cut = max(0, len(self._ready) - SWEEP_WAVE) if crowded or self._sweep else 0
+        most = SWEEP_WAVE if crowded else LONGEST_WAVE if self._sweep else len(self._ready)
+        cut = max(0, len(self._ready) - most)
         self._current, self._ready = sorted(self._ready[cut:]), self._ready[:cut]
         return self._wave(self._current)
 

@@ -87,15 +87,15 @@ class Scratch:
 class Mixer(Protocol):
     """Mixes the rows of each sequence: [T, H] -> [T, H], advancing the layer's states."""
 
-    def forward(self, h: F32, layer: int, step: Step) -> F32:
-        """Output to be added to the residual."""
+    def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Output to be added to the residual; yields where the pass may rest, as ``Model.layers``."""
 
 
 class Mlp(Protocol):
     """Works on each row alone."""
 
     def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
-        """Residual x [T, H] plus the MLP of h [T, H] -> [T, H]; yields, as ``Model.layers``, where the pass may rest."""
+        """Residual x [T, H] plus the MLP of h [T, H] -> [T, H]; yields where the pass may rest, as ``Model.layers``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +108,23 @@ class Attention:
     o: Matrix
     params: AttentionParams
 
-    def forward(self, h: F32, layer: int, step: Step) -> F32:
-        """Attend within each sequence: [T, H] -> [T, H]."""
-        q, k, v = step.ops.linear(h, [self.q, self.k, self.v])
-        out = []
-        for s in step.batch.segments:
-            cache = s.states.layers[layer]
-            assert isinstance(cache, KVCache)
-            own = slice(s.start, s.start + s.length)
-            out.append(step.ops.attention(q[own], k[own], v[own], step.cos[own], step.sin[own], self.params, cache))
-        return step.ops.linear(_joined(out), [self.o])[0]
+    def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Attend within each sequence: [T, H] -> [T, H], with a rest between two blocks of rows."""
+        out: list[F32] = []
+        for block in step.batch.blocks():
+            if out:
+                yield type(self).__name__
+            first = block[0][1].start
+            q, k, v = step.ops.linear(h[first : block[-1][1].stop], [self.q, self.k, self.v])
+            mixed = []
+            for segment, rows in block:
+                cache = segment.states.layers[layer]
+                assert isinstance(cache, KVCache)
+                own = slice(rows.start - first, rows.stop - first)
+                cos, sin = step.cos[rows], step.sin[rows]
+                mixed.append(step.ops.attention(q[own], k[own], v[own], cos, sin, self.params, cache))
+            out += step.ops.linear(_joined(mixed), [self.o])
+        return _joined(out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +138,24 @@ class DeltaNet:
     out: Matrix
     params: DeltaNetParams
 
-    def forward(self, h: F32, layer: int, step: Step) -> F32:
-        """Advance the state of each sequence: [T, H] -> [T, H]."""
-        u, z, b, a = step.ops.linear(h, [self.qkv, self.z, self.b, self.a])
-        out = []
-        for s in step.batch.segments:
-            state = s.states.layers[layer]
-            assert isinstance(state, DeltaState)
-            cuts = s.cuts()
-            for start, end in pairwise(cuts):
-                own = slice(start, end)
-                out.append(step.ops.delta_net(u[own], z[own], b[own], a[own], self.params, state))
-                s.states.mark(state, s.states.length + end - s.start)
-        return step.ops.linear(_joined(out), [self.out])[0]
+    def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Advance the state of each sequence: [T, H] -> [T, H], with a rest between two blocks of rows."""
+        out: list[F32] = []
+        for block in step.batch.blocks():
+            if out:
+                yield type(self).__name__
+            first = block[0][1].start
+            u, z, b, a = step.ops.linear(h[first : block[-1][1].stop], [self.qkv, self.z, self.b, self.a])
+            mixed = []
+            for segment, rows in block:
+                state = segment.states.layers[layer]
+                assert isinstance(state, DeltaState)
+                for start, end in pairwise(segment.cuts(rows)):
+                    own = slice(start - first, end - first)
+                    mixed.append(step.ops.delta_net(u[own], z[own], b[own], a[own], self.params, state))
+                    segment.states.mark(state, segment.states.length + end - segment.start)
+            out += step.ops.linear(_joined(mixed), [self.out])
+        return _joined(out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ class Model:
         for i, layer in enumerate(self._weights.layers):
             if i:
                 yield type(layer.mixer).__name__
-            x = x + layer.mixer.forward(ops.rms_norm(x, layer.mixer_norm, self.config.eps), i, step)
+            x = x + (yield from layer.mixer.forward(ops.rms_norm(x, layer.mixer_norm, self.config.eps), i, step))
             yield "mlp"
             x = yield from layer.mlp.forward(x, ops.rms_norm(x, layer.mlp_norm, self.config.eps), i, step)
             if self.observe is not None:
