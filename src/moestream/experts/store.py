@@ -169,9 +169,11 @@ class ExpertStore:
         turn.layer = layer
 
     def _set_reserve(self) -> None:
-        """Keep free what the step needs, besides what the pass at rest has not used yet: that leaves too few slots."""
-        unused = 0 if self._rested is None else self.policy.unused()
-        self.policy.reserve = min(self.policy.capacity, self._reserve(self._turn.rows) + unused)
+        """Keep free what the step needs, besides the slots of what the pass at rest has not used yet."""
+        reserve = self._reserve(self._turn.rows)
+        if reserve and self._rested is not None:  # where all experts fit, none may be evicted
+            reserve = min(self.arena.slots, reserve + self.policy.unused())
+        self.policy.reserve = reserve
         self.policy.release(())
 
     @contextmanager
