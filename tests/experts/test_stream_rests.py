@@ -255,8 +255,8 @@ def test_a_pass_cancelled_at_rest_gives_everything_back(disk, reader, monkeypatc
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("slots", [1, 3, 8, ALL])
-def test_a_sweep_survives_the_failure_of_another_pass(disk, reader, monkeypatch, slots, after):  # noqa: F811
-    """An exception leaves the other's stream anywhere; the store is reset, the sweep reads again what it has not used."""
+def test_a_sweep_survives_that_another_pass_fails(disk, reader, monkeypatch, slots, after):  # noqa: F811
+    """An exception leaves the stream of the other anywhere; after a reset the sweep reads again what it needs."""
     set_wave(monkeypatch, 1)
     store = make(disk, reader, slots)
     ids = np.tile(np.arange(EXPERTS, dtype=np.int32), (ROWS, 1))
@@ -274,7 +274,7 @@ def test_a_sweep_survives_the_failure_of_another_pass(disk, reader, monkeypatch,
     for wave in stream:
         check_bytes(disk, wave)
         served.append(wave.experts.tolist())
-    assert sorted(sum(served, [])) == list(range(EXPERTS))
+    assert sorted(e for wave in served for e in wave) == list(range(EXPERTS))
     with pytest.raises(RuntimeError, match="closed before its end"):
         next(other)
     check_idle(store)
