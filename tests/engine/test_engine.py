@@ -68,8 +68,8 @@ def drain(engine):
     return events
 
 
-def alone(prompt, params):
-    engine, _ = make()
+def alone(prompt, params, **kwargs):
+    engine, _ = make(**kwargs)
     sequence = engine.add(prompt, params)
     drain(engine)
     return sequence.tokens
