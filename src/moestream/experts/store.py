@@ -188,35 +188,38 @@ class ExpertStore:
         """
         if self._rested is not None:
             raise RuntimeError("a pass is at rest already: only one can be")
-        turn, since = self._rest(), time.perf_counter()
+        turn, since = self._turn, time.perf_counter()
         try:
+            self._set_aside(turn)
             yield
+            self._take_back(turn)
+            turn.began += time.perf_counter() - since
         except BaseException:
-            if turn.stream is not None:
-                turn.stream.close()
-            self._drop_guesses(turn)
-            self._rested = None
+            try:
+                if turn.stream is not None:
+                    turn.stream.close()
+                self._drop_guesses(turn)
+            finally:
+                self._rested = None
             raise
-        if self._turn.stream is not None:
-            self._turn.stream.close()
-        self._drop_guesses(self._turn)
-        self._turn, self._rested = turn, None
-        self._set_reserve()
-        now = self._stream_began = time.perf_counter()
-        turn.began += now - since
-        if turn.stream is not None:
-            turn.stream.resume()
 
-    def _rest(self) -> Turn:
-        """Set aside what a pass has under way."""
-        turn = self._turn
+    def _set_aside(self, turn: Turn) -> None:
         if turn.stream is not None:
             turn.stream.pause()
             self._streaming += time.perf_counter() - self._stream_began
         if self.policy.spare() < LANDING_SLOTS:
             self._drop_guesses(turn)
         self._turn, self._rested = Turn(len(self._plans)), turn
-        return turn
+
+    def _take_back(self, turn: Turn) -> None:
+        if self._turn.stream is not None:
+            self._turn.stream.close()
+        self._drop_guesses(self._turn)
+        self._turn, self._rested = turn, None
+        self._set_reserve()
+        self._stream_began = time.perf_counter()
+        if turn.stream is not None:
+            turn.stream.resume()
 
     def _drop_guesses(self, turn: Turn) -> None:
         """Nobody waits for what was read ahead: what has landed competes for its place, reads that run just end."""
