@@ -345,8 +345,9 @@ class Order(FaultyReader):
         return self.inner.wait(1, 10.0)
 
 
-def test_whoever_runs_while_a_sweep_rests_reads_first(disk, reader):  # noqa: F811
-    """Also what the sweep is already reading for itself."""
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_whoever_runs_while_a_sweep_rests_reads_first(disk, reader, rows):  # noqa: F811
+    """Also what the sweep is already reading for itself; and replies that take a short prompt along."""
     faulty = Order(reader)
     store = make(disk, faulty, slots=ALL)
     store.policy.reserve = 0
@@ -354,9 +355,9 @@ def test_whoever_runs_while_a_sweep_rests_reads_first(disk, reader):  # noqa: F8
     stream = store.stream(0, sweep)  # tickets 0 to 6
     assert next(stream).experts.tolist() == [0]
     with store.at_rest():
-        ids = np.array([[5, 1]], np.int32)
+        ids = np.tile(np.array([5, 1], np.int32), (rows, 1))
         consume(disk, store.stream(0, ids), 0, ids)
-        ids = np.array([[2]], np.int32)
+        ids = np.tile(np.array([2], np.int32), (rows, 1))
         consume(disk, store.stream(3, ids), 3, ids)  # ticket 7
     assert sorted(faulty.order[:3]) == [0, 1, 5]
     assert faulty.order[3] == 7

@@ -44,6 +44,7 @@ def many_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moestream.experts.store.LANDING_SLOTS", 2)
     monkeypatch.setattr("moestream.models.batch.BLOCK", 32)
     monkeypatch.setattr("moestream.models.batch.ALIGNED", 16)
+    monkeypatch.setattr("moestream.models.batch.SEEN", 16 * 80)  # the last rows of a sweep come in less than a block
 
 
 def streamed(tiny: Golden, ops: Ops, slots: int, mode: CacheMode, reader: Reader) -> Model:
@@ -159,6 +160,17 @@ def test_blocks_cover_every_row_once_in_order(lengths: tuple[int, ...]) -> None:
 class SequenceStatesStub:
     length = 0
     marks: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(("before", "rows", "size"), [(0, 40, 40), (100, 80, 80), (1000, 70, 48), (9000, 70, 16)])
+def test_attention_takes_fewer_rows_the_more_it_has_seen(monkeypatch: pytest.MonkeyPatch, before, rows, size) -> None:
+    monkeypatch.setattr("moestream.models.batch.SEEN", 60_000)
+    states = SequenceStatesStub()
+    states.length = before
+    segment = Batch.of([([1] * 5, SequenceStatesStub()), ([1] * rows, states)]).segments[1]  # type: ignore[list-item]
+    parts = segment.parts(slice(5, 5 + rows))
+    assert [r for part in parts for r in range(part.start, part.stop)] == list(range(5, 5 + rows))
+    assert parts[0].stop - parts[0].start == size
 
 
 def test_states_are_kept_where_they_are_wanted_in_any_block(exact_ops: Ops) -> None:

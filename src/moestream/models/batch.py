@@ -20,6 +20,9 @@ BLOCK = 256
 ALIGNED = 64
 """Blocks are multiples of it, as delta-nets work in chunks of so many rows."""
 
+SEEN = 1 << 20
+"""Rows times tokens before them that attention takes at a time, down to ``ALIGNED`` rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -28,6 +31,12 @@ class Segment:
     states: SequenceStates
     start: int
     length: int
+
+    def parts(self, rows: slice) -> list[slice]:
+        """Some of its rows, in pieces that take attention about as long whatever it has seen."""
+        seen = self.states.length + rows.stop - self.start
+        size = max(ALIGNED, SEEN // seen // ALIGNED * ALIGNED)
+        return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
     def cuts(self, rows: slice) -> list[int]:
         """Of its rows, where a recurrent layer begins, must stop because its state is wanted, and ends."""

@@ -109,7 +109,7 @@ class Attention:
     params: AttentionParams
 
     def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
-        """Attend within each sequence: [T, H] -> [T, H], with a rest between two blocks of rows."""
+        """Attend within each sequence: [T, H] -> [T, H], with rests between blocks of rows."""
         out: list[F32] = []
         for block in step.batch.blocks():
             if out:
@@ -120,9 +120,12 @@ class Attention:
             for segment, rows in block:
                 cache = segment.states.layers[layer]
                 assert isinstance(cache, KVCache)
-                own = slice(rows.start - first, rows.stop - first)
-                cos, sin = step.cos[rows], step.sin[rows]
-                mixed.append(step.ops.attention(q[own], k[own], v[own], cos, sin, self.params, cache))
+                for part in segment.parts(rows):
+                    if part.start > rows.start:
+                        yield type(self).__name__
+                    own = slice(part.start - first, part.stop - first)
+                    cos, sin = step.cos[part], step.sin[part]
+                    mixed.append(step.ops.attention(q[own], k[own], v[own], cos, sin, self.params, cache))
             out += step.ops.linear(_joined(mixed), [self.o])
         return _joined(out)
 
@@ -139,7 +142,7 @@ class DeltaNet:
     params: DeltaNetParams
 
     def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
-        """Advance the state of each sequence: [T, H] -> [T, H], with a rest between two blocks of rows."""
+        """Advance the state of each sequence: [T, H] -> [T, H], with rests between blocks of rows."""
         out: list[F32] = []
         for block in step.batch.blocks():
             if out:

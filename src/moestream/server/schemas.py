@@ -162,9 +162,7 @@ def thinking_variables(template: str, effort: str | None, param: str) -> dict[st
     raise unsupported(param, "this model's chat template has no switch for thinking")
 
 
-def caller_of(
-    request: Request, settings: ServeSettings, label: object = None, priority: int | None = None
-) -> Caller:
+def caller_of(request: Request, settings: ServeSettings, label: object = None, priority: int | None = None) -> Caller:
     """Whose request it is: an address with the user it names, or with its program if it names none.
 
     Args:
