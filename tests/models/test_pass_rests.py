@@ -128,8 +128,9 @@ def test_a_sweep_that_rests_everywhere_equals_a_resident_one(tiny: Golden, any_o
     reader.close()
 
 
-def test_a_rest_inside_a_layer_is_worth_its_name(tiny: Golden, fast_ops: Ops) -> None:
+def test_a_rest_inside_a_layer_is_worth_its_name(tiny: Golden, fast_ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between waves of experts and between blocks of rows; passes of few rows come in one piece of each."""
+    monkeypatch.setattr("moestream.models.batch.SEEN", 1 << 20)
     reader = make_reader(2)
     model = streamed(tiny, fast_ops, 8, "arena", reader)
     layers = len(model.config.layers)

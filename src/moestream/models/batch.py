@@ -14,7 +14,6 @@ from moestream.errors import ReadError
 from moestream.models.states import SequenceStates
 from moestream.ops.base import I32
 
-
 BLOCK = 256
 """Rows that mixers take at a time: matrices are decoded once for so many, and more would make long pieces."""
 ALIGNED = 64
