@@ -60,18 +60,18 @@ class RequestRouter:
         model.layers = self.layers  # type: ignore[method-assign]
         model.router_override, model.predict_override = self.ids, self.predict
 
-    def layers(self, batch: Batch) -> Generator[None, None, F32]:
-        """The model's pass; between its parts other batches may run."""
+    def layers(self, batch: Batch) -> Generator[str, bool | None, F32]:
+        """The model's pass; where it rests other batches may run."""
         self._drift(max(s.length for s in batch.segments))
-        parts = self._run(batch)
+        pieces, rest = self._run(batch), None
         while True:
             self._batch = batch
             try:
-                next(parts)
+                upcoming = pieces.send(rest)
             except StopIteration as end:
                 logits: F32 = end.value
                 return logits
-            yield
+            rest = yield upcoming
 
     def ids(self, layer: int, rows: int) -> I32:
         """The experts of the batch's rows in a layer [R, k]."""

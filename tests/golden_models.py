@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -70,6 +71,9 @@ class ResidentExperts:
         starts = np.cumsum([0, *(len(p) for _, p in served)]).astype(np.int32)
         pairs = np.concatenate([np.empty(0, np.int32), *(p for _, p in served)])
         return Stream([Wave(layer, layout, chosen, memory, offsets[chosen], starts, pairs)], failed)
+
+    def at_rest(self) -> nullcontext[None]:
+        return nullcontext()
 
 
 def read_extents(checkpoint: Checkpoint, extents: Sequence[Extent]) -> list[U8]:

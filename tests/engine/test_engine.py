@@ -36,7 +36,8 @@ class HashModel:
         return States(limit)
 
     def layers(self, batch):
-        yield
+        if (yield "layer"):
+            yield "layer"
         return self.forward(batch)
 
     def forward(self, batch):
@@ -67,8 +68,8 @@ def drain(engine):
     return events
 
 
-def alone(prompt, params):
-    engine, _ = make()
+def alone(prompt, params, **kwargs):
+    engine, _ = make(**kwargs)
     sequence = engine.add(prompt, params)
     drain(engine)
     return sequence.tokens

@@ -25,6 +25,7 @@ class CostModel(HashModel):
         super().__init__()
         self.now = 0.0
         self.half_way = {}  # states of passes that rest, by id
+        self.closed = lambda: None
         self.fixed, self.token, self.decode = fixed, token, decode
 
     def layers(self, batch):
@@ -32,10 +33,14 @@ class CostModel(HashModel):
         assert not self.half_way.keys() & half_way.keys(), "the pass of these states has not ended"
         self.half_way |= half_way
         sweep = self.fixed if any(s.length > 1 for s in batch.segments) else 0.0
-        for layer in range(LAYERS):
-            self.now += (sweep + self.decode + self.token * len(batch.ids)) / LAYERS
-            if layer + 1 < LAYERS:
-                yield
+        try:
+            for layer in range(LAYERS):
+                self.now += (sweep + self.decode + self.token * len(batch.ids)) / LAYERS
+                if layer + 1 < LAYERS and (yield "layer"):
+                    yield "layer"
+        except GeneratorExit:
+            self.closed()
+            raise
         for states in half_way:
             del self.half_way[states]
         return self.forward(batch)
@@ -150,6 +155,74 @@ def test_a_cancelled_prompt_ends_its_sweep():
     assert engine.step() == []
     assert engine.idle
     assert model.now == before
+
+
+def test_a_cancelled_member_of_a_sweep_at_rest_holds_its_memory_until_that_ends():
+    """Its states are part of the pass; whoever comes next must not be let in on their account."""
+    model = CostModel()
+    budget = StateBudget(2 * PAGE + 10, per_token=1)
+    engine = make(model, 2.5, states=budget)
+    first, second = engine.add(prompt(PAGE - 1), GREEDY), engine.add(prompt(PAGE - 2, 1), GREEDY)
+    engine.step()
+    assert engine.step() == []
+    assert len(model.half_way) == 2
+    before = budget.reserved
+    engine.abort(second)
+    assert budget.reserved == before
+    third = engine.add(prompt(PAGE - 3, 2), GREEDY)
+    while model.half_way:
+        assert third.states is None
+        assert budget.reserved == before
+        engine.step()
+    assert first.tokens
+    assert budget.reserved < before
+    drain(engine)
+    assert third.tokens == alone(prompt(PAGE - 3, 2), GREEDY, context=10_000)
+    assert budget.reserved == 0
+
+
+def test_a_step_that_fails_beside_a_sweep_at_rest_leaves_it_alone():
+    model = CostModel()
+    recovered = []
+    engine = make(model, 2.5, recover=lambda: recovered.append(list(model.half_way)))
+    reply = engine.add([1, 2], SamplingParams(temperature=0, max_tokens=200))
+    while not reply.tokens:
+        engine.step()
+    agent = engine.add(prompt(400), GREEDY)
+    while not model.half_way:
+        engine.step()
+    model.before = lambda batch: 1 / 0
+    [event] = engine.step()
+    assert event.sequence is reply
+    assert reply.finish_reason == "error"
+    model.before = lambda batch: None
+    drain(engine)
+    assert len(recovered) == 1
+    assert agent.tokens == alone_long(400)
+
+
+def test_a_sweep_cancelled_after_such_a_failure_ends_once_the_store_is_sound():
+    """Closing it asks the store to let go of what it holds."""
+    model = CostModel()
+    events = []
+    engine = make(model, 2.5, recover=lambda: events.append("recovered"))
+    model.closed = lambda: events.append("closed")
+    reply = engine.add([1, 2], SamplingParams(temperature=0, max_tokens=200))
+    while not reply.tokens:
+        engine.step()
+    agent = engine.add(prompt(400), GREEDY)
+    while not model.half_way:
+        engine.step()
+    model.before = lambda batch: 1 / 0
+    engine.step()
+    engine.abort(agent)
+    assert engine.idle
+    assert events == []
+    model.before = lambda batch: None
+    model.half_way.clear()
+    engine.add([3], GREEDY)
+    drain(engine)
+    assert events == ["recovered", "closed"]
 
 
 @given(

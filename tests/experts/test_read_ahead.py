@@ -187,7 +187,7 @@ def test_demand_takes_every_slot_before_a_guess_gets_one(disk, reader):  # noqa:
     store.prefetch(2, np.array([[0, 1]], np.int32))
     order = []
     real = store._flight.submit
-    store._flight.submit = lambda keys, ranges, ahead: (order.append(ahead), real(keys, ranges, ahead))
+    store._flight.submit = lambda keys, ranges, ahead, later: (order.append(ahead), real(keys, ranges, ahead, later))
     consume(disk, stream, 0, ids)
     assert order == sorted(order), "a guess was read before the last demand read had its slot"
     assert True in order

@@ -27,6 +27,7 @@ def narrow() -> Iterator[Server]:
         "MOESTREAM_QUEUE": "1",
         "MOESTREAM_MAX_BODY": "20000",
         "MOESTREAM_PORT": "0",
+        "MOESTREAM_ALLOW_PRIORITY": "true",
         "MOESTREAM_ALLOWED_ORIGIN": "https://chat.example.org",
     }
     with running("demo", *SMALL, env=env) as started:

@@ -205,3 +205,22 @@ def test_unknown_paths_and_methods(server):
     assert body_of(server.request("GET", "/v1/nowhere"))[0] == 404
     status, headers, body = server.request("GET", "/v1/messages")
     assert (status, body["error"]["type"], headers["allow"]) == (405, "invalid_request_error", "POST")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [1, 2], "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 1}),
+    ],
+)
+def test_only_an_operator_lets_requests_go_before_others(server, narrow, path, body):
+    body = body | {"model": "demo"}
+    key = {"authorization": "Bearer secret-key-1"}
+    status, _, error = server.request("POST", path, body | {"priority": -1})
+    assert status == 400
+    assert error["error"]["param"] == "priority"
+    assert "--allow-priority" in error["error"]["message"]
+    assert server.request("POST", path, body | {"priority": 1})[0] == 200
+    assert narrow.request("POST", path, body | {"priority": -1}, key)[0] == 200

@@ -178,6 +178,7 @@ def test_json_object(client):
         ({"logit_bias": {"the": 1}}, "logit_bias"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
         ({"extra_body": {"priority": 5000}}, "priority"),
+        ({"extra_body": {"priority": -1}}, "priority"),
         ({"store": True}, "store"),
         ({"store": 0}, "store"),
         ({"modalities": ["audio"]}, "modalities"),
@@ -231,7 +232,7 @@ def test_several_replies_read_their_prompt_once(client):
     story = [{"role": "user", "content": "Tell me a story about a lighthouse keeper who counts ships. " * 8}]
     before = client.completions.create(model="demo", prompt=[1, 2], max_tokens=1)
     assert before.usage is not None
-    reply = ask(client, story, n=4, temperature=1, seed=5, max_tokens=10, extra_body={"priority": -1})
+    reply = ask(client, story, n=4, temperature=1, seed=5, max_tokens=10, extra_body={"priority": 1})
     assert len({choice.message.content for choice in reply.choices}) > 1
     experts = [r["hits"] + r["hits_ahead"] + r["misses"] for r in reply.usage.model_dump()["receipts"]]
     assert max(experts) > 0

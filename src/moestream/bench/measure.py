@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ import numpy as np
 from moestream.engine.load import Runtime
 from moestream.engine.sampling import SamplingParams
 from moestream.experts.reader import FILE, OFFSET, TICKET, Reader
-from moestream.experts.store import StoreStats
+from moestream.experts.stats import StoreStats
 from moestream.models.blocks import ExpertSource, ExpertStream
 from moestream.ops.base import I32, I64
 
@@ -39,6 +40,10 @@ class CountingSource:
         """As the wrapped source: ids [T, k]."""
         self.distinct += len(np.unique(ids))
         return self._source.stream(layer, ids)
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """As the wrapped source."""
+        return self._source.at_rest()
 
 
 class CountingReader:

@@ -104,6 +104,14 @@ RequestTimeout = Annotated[
         metavar="SECONDS", help="A request that takes longer is answered 504. Default: none.", rich_help_panel=SERVER
     ),
 ]
+AllowPriority = Annotated[
+    bool,
+    typer.Option(
+        "--allow-priority",
+        help="Let requests go before others by a priority below 0; above 0, after others, any may ask for.",
+        rich_help_panel=SERVER,
+    ),
+]
 MaxDecodeStall = Annotated[
     int,
     typer.Option(
@@ -143,6 +151,7 @@ def serve(
     grace: Grace = 20.0,
     max_tokens: MaxTokens = None,
     request_timeout: RequestTimeout = None,
+    allow_priority: AllowPriority = False,
     max_decode_stall: MaxDecodeStall = 500,
     ram: options.Ram = None,
     max_batch: MaxBatch = None,
@@ -180,6 +189,7 @@ def serve(
         grace_seconds=grace,
         max_tokens=max_tokens,
         request_timeout=request_timeout,
+        allow_priority=allow_priority,
     )
 
     def load() -> LLM:

@@ -202,6 +202,7 @@ class Engine:
     def close(self) -> None:
         """Cancel what runs; the prefix cache writes down what it may keep."""
         self.abort_all()
+        self._end_rest()
         if self._prefixes is not None:
             self._prefixes.close()
 
@@ -215,6 +216,7 @@ class Engine:
         Raises:
             BaseException: KeyboardInterrupt and the like, after cancelling the sequences of the step.
         """
+        self._end_rest()
         events = [event for sequence in self._scheduler.admit() if (event := self._start(sequence)) is not None]
         work: Pass | None = None
         chunks: list[tuple[Sequence, int]] = []
@@ -234,6 +236,11 @@ class Engine:
             for sequence, _ in chunks:
                 self.abort(sequence)
             raise
+        finally:
+            if work is not None and work is not self._resting:
+                for sequence in work.sequences:
+                    if sequence.finished:  # at a rest, when its memory was still held by the pass
+                        self._states.release(sequence)
 
     def _start(self, sequence: Sequence) -> TokenEvent | None:
         """Give a sequence its states, with what the prefix cache has of its prompt."""
@@ -382,9 +389,24 @@ class Engine:
         at_rest = self._resting.sequences if self._resting is not None else []
         if self._half_way or sequence in at_rest or reason == "error":
             sequence.states = None  # they stand somewhere between two tokens
-        if all(s.finished for s in at_rest):
-            self._resting = None
-        states, sequence.states = sequence.states, None  # its memory is free for the next one
+        states, sequence.states = sequence.states, None
         self._scheduler.remove(sequence)
+        if sequence not in at_rest:
+            self._states.release(sequence)  # its memory is free for the next one
+        elif not self._half_way:
+            self._end_rest()
         if self._prefixes is not None and states is not None and sequence.tokens:
             self._prefixes.keep_end((*sequence.prompt, *sequence.tokens), states)
+
+    def _end_rest(self) -> None:
+        """Let go of the pass at rest if all its sequences have ended."""
+        work = self._resting
+        if work is None or not all(s.finished for s in work.sequences):
+            return
+        if self._half_way:
+            self._recover()
+        self._resting, self._half_way = None, True  # stays so when closing fails
+        for sequence in work.sequences:
+            self._states.release(sequence)
+        work.layers.close()
+        self._half_way = False

@@ -1,8 +1,8 @@
 """How steps take turns, so that replies under way do not wait long for somebody's prompt.
 
 A sweep over a streamed model reads nearly all its experts whatever its length: cutting a prompt into smaller chunks
-would make every chunk cost almost as much. So a long sweep stays whole and rests between two layers while the others
-get their next token.
+would make every chunk cost almost as much. So a long sweep stays whole and rests between two of its pieces, such as two
+waves of experts, while the others get their next token.
 """
 
 from __future__ import annotations
@@ -34,24 +34,28 @@ class Pace:
         self._decode = 0.0  # seconds of the latest step without prompts
 
     def run(self, work: Pass) -> F32 | None:
-        """Go on with a pass; None if it rests between two layers.
+        """Go on with a pass; None if it rests.
 
-        A rest comes before the layer that would exceed the bound, after one layer at least. A prompt gets no less time
-        than the decoding between its parts takes, whatever the bound.
+        A rest comes before the piece that would exceed the bound, after one piece at least. Where decoding between two
+        rests takes longer than the bound, the prompt gets as much time as that.
         """
         start = now = self._clock()
         slice_ends = start + max(self.stall or 0.0, self._decode)
         bounded = self.stall is not None and work.pausable
         while True:
             try:
-                next(work.layers)
+                upcoming = next(work.layers)
             except StopIteration as end:
                 work.seconds += self._clock() - start
                 self._learn(work)
                 logits: F32 = end.value
                 return logits
+            if not bounded:
+                continue
             before, now = now, self._clock()
-            if bounded and now + (now - before) > slice_ends:
+            work.took[work.upcoming], work.upcoming = now - before, upcoming
+            if now + work.expected > slice_ends:
+                work.layers.send(True)
                 work.seconds += now - start
                 return None
 

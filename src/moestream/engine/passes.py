@@ -31,23 +31,27 @@ class EngineModel(Protocol):
     def forward(self, batch: Batch) -> F32:
         """Logits [N, V]; advances the states and fills ``batch.failures``."""
 
-    def layers(self, batch: Batch) -> Generator[None, None, F32]:
-        """The same with a rest after each layer, during which another batch may run."""
+    def layers(self, batch: Batch) -> Generator[str, bool | None, F32]:
+        """The same piece by piece; yields the name of the next one, and rests on ``send(True)``: see ``Model``."""
 
 
 @dataclass(slots=True, eq=False)
 class Pass:
-    """A forward pass, possibly under way: at rest between two layers."""
+    """A forward pass, possibly under way: at rest between two of its pieces."""
 
     chunks: list[tuple[Sequence, int]]
     """Each sequence with the number of its next tokens."""
     batch: Batch
     wanted: list[tuple[Sequence, int]]
     """The sequences that use its logits, in order, with the number of their rows."""
-    layers: Generator[None, None, F32]
+    layers: Generator[str, bool | None, F32]
     io: IoCounters = field(default_factory=IoCounters)
     seconds: float = 0.0
     """That it has run so far."""
+    upcoming: str = ""
+    """The name of its next piece."""
+    took: dict[str, float] = field(default_factory=dict)
+    """Seconds of the latest piece of each name."""
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -58,6 +62,11 @@ class Pass:
     def prompt_tokens(self) -> int:
         """How many of its rows read prompts."""
         return sum(count for sequence, count in self.chunks if not sequence.decoding)
+
+    @property
+    def expected(self) -> float:
+        """Seconds that the next piece will probably take."""
+        return self.took.get(self.upcoming, max(self.took.values(), default=0.0))
 
     @property
     def pausable(self) -> bool:

@@ -57,8 +57,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a finished sequence, wherever it is."""
-        self._budget.release(sequence)
+        """Forget a finished sequence, wherever it is; what it has reserved is not released by this."""
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:

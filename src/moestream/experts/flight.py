@@ -43,30 +43,30 @@ class Flight:
         """What is being read; a copy, which any thread may ask for."""
         return list(self._ticket)
 
-    def submit(self, keys: list[int], ranges: I64, ahead: bool) -> None:
-        """Read keys as one batch, ranges [m, G, 5]; ``ahead``: after all that is waited for."""
-        self._submit([Read(key, r, ahead) for key, r in zip(keys, ranges, strict=True)], ranges)
+    def submit(self, keys: list[int], ranges: I64, ahead: bool, later: bool) -> None:
+        """Read keys as one batch, ranges [m, G, 5]; ``ahead``: nobody waits for them; ``later``: after all others."""
+        self._submit([Read(key, r, ahead) for key, r in zip(keys, ranges, strict=True)], ranges, later)
 
-    def _submit(self, reads: list[Read], ranges: I64) -> None:
+    def _submit(self, reads: list[Read], ranges: I64, later: bool) -> None:
         """Queue reads, whose ``ranges`` are rows of [m, G, 5]."""
         first = self._next_ticket
         self._next_ticket += len(reads)
         for ticket, row in enumerate(ranges, first):
             row[:, TICKET] = ticket
-        self.reader.submit(ranges.reshape(-1, 5), reads[0].ahead)
+        self.reader.submit(ranges.reshape(-1, 5), later)
         for ticket, read in enumerate(reads, first):
             self._reads[ticket] = read
             self._ticket[read.key] = ticket
 
     def promote(self, keys: Iterable[int]) -> list[int]:
-        """Somebody waits for these keys now, as far as they are read ahead; returns those that were."""
+        """Somebody waits for these keys now, as far as they are under way; returns those that were read ahead."""
         tickets = [self._ticket[key] for key in keys if key in self._ticket]
-        tickets = [ticket for ticket in tickets if self._reads[ticket].ahead]
-        for ticket in tickets:
+        guessed = [ticket for ticket in tickets if self._reads[ticket].ahead]
+        for ticket in guessed:
             self._reads[ticket].ahead = False
         if tickets:
             self.reader.promote(tickets)
-        return [self._reads[ticket].key for ticket in tickets]
+        return [self._reads[ticket].key for ticket in guessed]
 
     def cancel(self, keys: Iterable[int]) -> None:
         """Nobody will want these keys: reads ahead that have not begun are dropped and reported as cancelled."""
@@ -86,9 +86,9 @@ class Flight:
             read = self._end(failure.ticket)
             if failure.code == errno.EIO and not read.retried:
                 read.retried = True
-                self._submit([read], read.ranges[None])
+                self._submit([read], read.ranges[None], read.ahead)
             elif failure.code == errno.ECANCELED and not read.ahead:
-                self._submit([read], read.ranges[None])
+                self._submit([read], read.ranges[None], read.ahead)
             else:
                 lost.append((read, failure))
         return landed, lost

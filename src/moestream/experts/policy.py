@@ -5,7 +5,7 @@ step needs: a list of distinct keys. Every policy is a table of ``capacity`` slo
 
     record(layer, keys, counts, rows)   the router chose these keys
     pin / acquire                       what is resident may not be evicted; what is not gets a slot (or None: wait)
-    release(keys)                       the bytes were used; the policy decides what stays
+    release(keys)                       the bytes were used; the policy decides what stays once nobody pins them
     discard(key)                        the read failed: the slot is free again
 """
 
@@ -29,7 +29,6 @@ SWEEP_ROWS = 32
 SWEEP_LANDING_SLOTS = 64
 """Slots kept free during a sweep, whose dense work on many rows takes as long as so many reads."""
 POLICIES = ("lru", "lfru")
-_NEW = 2
 _EMPTY = float("inf")
 _NONE = 1e-300  # tokens of a layer that never ran: may divide
 _RESCALE = 2.0**200
@@ -67,7 +66,8 @@ class LFRU:
         self.slot_of = [NO_SLOT] * len(layer_of_key)
         """Slot of each key, or NO_SLOT."""
         self.pinned = bytearray(len(layer_of_key))
-        """Per key: 0 evictable or not resident, 1 in use, 2 in use for the first time."""
+        """Users of each key; one without any is evictable or not resident."""
+        self._new = bytearray(len(layer_of_key))  # per key: 1 resident and not used yet
         self._half_life = half_life
         self._growth = 2.0 ** (1.0 / half_life)
         self._layer_of = list(layer_of_key)
@@ -136,9 +136,17 @@ class LFRU:
         """Slots holding nothing."""
         return len(self._free)
 
+    def unused(self) -> int:
+        """Slots whose bytes are on their way, or there and not used yet."""
+        return self._new.count(1)
+
+    def spare(self) -> int:
+        """Slots that are free or can be made so."""
+        return self.capacity - (len(self.pinned) - self.pinned.count(0))
+
     def pin(self, key: int) -> None:
-        """Protect a resident key until it is released."""
-        self.pinned[key] = 1
+        """Protect a resident key until it is released, by this user as by all others."""
+        self.pinned[key] += 1
 
     def acquire(self, key: int, force: bool = False) -> int | None:
         """Give a slot to a key that is not resident, pinned; None if that would cost a more probable key.
@@ -152,17 +160,18 @@ class LFRU:
             self._evict(victim)
         slot = self._free.pop()
         self.slot_of[key] = slot
-        self.pinned[key] = _NEW
+        self.pinned[key] = self._new[key] = 1
         return slot
 
     def release(self, keys: Sequence[int]) -> None:
         """Unpin keys whose bytes were used, then evict the least probable beyond what may be kept."""
-        pinned, in_heap, layer_of = self.pinned, self._in_heap, self._layer_of
+        pinned, new, in_heap, layer_of = self.pinned, self._new, self._in_heap, self._layer_of
         for key in keys:
-            if pinned[key] == _NEW:
+            if new[key]:
+                new[key] = 0
                 self._kept += 1
-            pinned[key] = 0
-            if not in_heap[key]:
+            pinned[key] -= 1
+            if not (pinned[key] or in_heap[key]):
                 in_heap[key] = 1
                 layer, score = layer_of[key], self._score[key]
                 heappush(self._heaps[layer], (score, key))
@@ -174,8 +183,8 @@ class LFRU:
             self._evict(victim)
 
     def discard(self, key: int) -> None:
-        """Free the slot of a key whose bytes did not arrive."""
-        self.pinned[key] = 0
+        """Free the slot of a key whose bytes did not arrive, whoever pins it."""
+        self.pinned[key] = self._new[key] = 0
         self._free.append(self.slot_of[key])
         self.slot_of[key] = NO_SLOT
 

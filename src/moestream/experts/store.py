@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,57 +19,17 @@ from moestream.experts.arena import Arena
 from moestream.experts.flight import Flight
 from moestream.experts.governor import Governor
 from moestream.experts.layer_plan import LayerPlan
-from moestream.experts.policy import LFRU, LRU, NO_SLOT, SWEEP_ROWS, landing_slots
+from moestream.experts.policy import LANDING_SLOTS, LFRU, LRU, NO_SLOT, SWEEP_ROWS, landing_slots
 from moestream.experts.reader import BLOCK, FILE, Reader
 from moestream.experts.resident import Residents, ResidentStream
+from moestream.experts.stats import StoreStats
 from moestream.experts.stream import ExpertStream
+from moestream.experts.turn import Turn
 from moestream.ops.base import I32
 
 READ_AHEAD = 3
 """Missing experts read ahead for each row of a decode step: later guesses are wrong too often for the time there is."""
 _POLL_SECONDS = 0.5  # a longer wait would delay Ctrl-C
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """What the store did since it was made; the difference of two is one request's account."""
-
-    bytes_read: int = 0
-    """Read from disk, whole blocks for direct reads."""
-    bytes_cached: int = 0
-    """Served by the page cache (buffered modes on Linux)."""
-    hits: int = 0
-    """Experts that were kept in a slot, once per layer and step."""
-    hits_ahead: int = 0
-    """Experts that were in a slot because they had been read ahead of the router; not among ``hits``."""
-    misses: int = 0
-    """Experts that were in no slot, or still on their way."""
-    failed: int = 0
-    """Experts whose read failed for good."""
-    stall_seconds: float = 0.0
-    """Time spent waiting for reads with nothing else to do."""
-    busy_seconds: float = 0.0
-    """Time with at least one read in flight."""
-    bytes_ahead: int = 0
-    """Of the bytes read, experts that were read ahead and then asked for, landed by then or not."""
-    bytes_wasted: int = 0
-    """Of the bytes read, what no layer asked for."""
-    stream_seconds: float = 0.0
-    """Time from a router's choice to the use of its last expert, ``stall_seconds`` included."""
-
-    def __sub__(self, before: StoreStats) -> StoreStats:
-        return StoreStats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of experts that the cache had kept."""
-        asked = self.hits + self.hits_ahead + self.misses
-        return self.hits / asked if asked else 0.0
-
-    @property
-    def overlap(self) -> float:
-        """Share of the disk's busy time hidden behind computation."""
-        return min(1.0, max(0.0, 1.0 - self.stall_seconds / self.busy_seconds)) if self.busy_seconds else 1.0
 
 
 def slot_nbytes(tables: Sequence[ExpertTable | None]) -> int:
@@ -80,7 +40,7 @@ def slot_nbytes(tables: Sequence[ExpertTable | None]) -> int:
 class ExpertStore:
     """Keeps experts in slots and streams in what is missing.
 
-    One stream at a time: a new one ends the last. Not safe for use by several threads.
+    One stream at a time: a new one ends the last, unless that is at rest. Not safe for use by several threads.
 
     Args:
         tables: Where each layer's experts lie; None for a layer without experts.
@@ -125,15 +85,8 @@ class ExpertStore:
         fits = mode in ("arena", "hybrid") and slots >= len(layer_of_key)
         self._residents = Residents(self.arena, self._plans) if fits else None
         self.governor = Governor()
-        self._active: ExpertStream | None = None
-        self._wanted: deque[int] = deque()  # predicted keys without a slot, likeliest first
-        self._ahead: set[int] = set()  # predicted keys with a slot, until their layer's turn
-        self._landed: set[int] = set()  # those of them that are there
-        self._layer = len(tables)  # of the latest stream
-        self._step_rows = 0
-        self._step_began = self._step_ended = 0.0
-        self._needed_before = 0  # when the step began
-        self._dry = False  # the last step needed no reads
+        self._turn = Turn(len(tables))
+        self._rested: Turn | None = None
         self._hits = self._misses = self._failed = self._hits_ahead = 0
         self._needed = self._bytes_ahead = 0
         self._stall = self._streaming = self._stream_began = 0.0
@@ -180,8 +133,9 @@ class ExpertStore:
         Raises:
             ValueError: the layer has no experts, or an id is out of range.
         """
-        if self._active is not None:
-            self._active.close()
+        turn = self._turn
+        if turn.stream is not None:
+            turn.stream.close()
         plan = self._plans[layer]
         if plan is None:
             raise ValueError(f"layer {layer} has no experts")
@@ -191,27 +145,87 @@ class ExpertStore:
         self._stream_began = time.perf_counter()
         # a sweep comes in waves of few experts, whose hidden values stay in cache
         short = self._residents is not None and len(ids) < SWEEP_ROWS
-        if short and not (self.reading_anything() or self._wanted or self._landed):
+        if short and not (self.reading_anything() or turn.wanted or turn.landed):
             assert self._residents is not None
             wave = self._residents.wave(layer, plan, ids)
             if wave is not None:
                 keys: list[int] = (wave.experts + plan.first_key).tolist()
                 self.policy.record(layer, keys, np.diff(wave.starts).tolist(), len(ids))  # for whoever looks at it
                 self.count(hits=len(keys), misses=0)
-                self._step_ended = self._stream_began
+                turn.ended = self._stream_began
                 return ResidentStream(wave)
-        self._active = ExpertStream(self, layer, plan, ids)
-        return self._active
+        turn.stream = ExpertStream(self, layer, plan, ids)
+        return turn.stream
 
     def _begin(self, layer: int, rows: int) -> None:
-        """Notice where a step begins, and let the governor judge the last one."""
-        if layer <= self._layer:
-            self._dry = self._step_rows > 0 and self._needed == self._needed_before
-            if 0 < self._step_rows < SWEEP_ROWS and not self._dry:
-                self.governor.step_ended(self._step_ended - self._step_began)
-            self._step_rows, self._step_began, self._needed_before = rows, time.perf_counter(), self._needed
-            self.policy.reserve = self._reserve(rows)
-        self._layer = layer
+        """Notice where a step begins, and let the governor judge the last one of this turn."""
+        turn = self._turn
+        if layer <= turn.layer:
+            turn.dry = turn.rows > 0 and self._needed == turn.needed_before
+            if 0 < turn.rows < SWEEP_ROWS and not turn.dry:
+                self.governor.step_ended(turn.ended - turn.began)
+            turn.rows, turn.began, turn.needed_before = rows, time.perf_counter(), self._needed
+            self._set_reserve()
+        turn.layer = layer
+
+    def _set_reserve(self) -> None:
+        """Keep free what the step needs, besides the slots of what the pass at rest has not used yet."""
+        reserve = self._reserve(self._turn.rows)
+        if reserve and self._rested is not None:  # where all experts fit, none may be evicted
+            reserve = min(self.arena.slots, reserve + self.policy.unused())
+        self.policy.reserve = reserve
+        self.policy.release(())
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """While entered, another pass may stream; then this one goes on where it was.
+
+        What this one is reading or has not used yet keeps its slots, as far as the other has enough; its reads go on,
+        behind those of the other. One that ends by an exception instead of going on gives everything back.
+
+        Raises:
+            RuntimeError: a pass is at rest already.
+        """
+        if self._rested is not None:
+            raise RuntimeError("a pass is at rest already: only one can be")
+        turn, since = self._turn, time.perf_counter()
+        try:
+            self._set_aside(turn)
+            yield
+            self._take_back(turn)
+            turn.began += time.perf_counter() - since
+        except BaseException:
+            try:
+                if turn.stream is not None:
+                    turn.stream.close()
+                self._drop_guesses(turn)
+            finally:
+                self._rested = None
+            raise
+
+    def _set_aside(self, turn: Turn) -> None:
+        if turn.stream is not None:
+            turn.stream.pause()
+            self._streaming += time.perf_counter() - self._stream_began
+        if self.policy.spare() < LANDING_SLOTS:
+            self._drop_guesses(turn)
+        self._turn, self._rested = Turn(len(self._plans)), turn
+
+    def _take_back(self, turn: Turn) -> None:
+        if self._turn.stream is not None:
+            self._turn.stream.close()
+        self._drop_guesses(self._turn)
+        self._turn, self._rested = turn, None
+        self._set_reserve()
+        self._stream_began = time.perf_counter()
+        if turn.stream is not None:
+            turn.stream.resume()
+
+    def _drop_guesses(self, turn: Turn) -> None:
+        """Nobody waits for what was read ahead: what has landed competes for its place, reads that run just end."""
+        self._flight.cancel(turn.ahead)
+        self.policy.release(list(turn.landed))
+        turn.wanted, turn.ahead, turn.landed = deque(), set(), set()
 
     def predictions(self, layer: int, rows: int) -> int:
         """How many experts ``prefetch`` wants to be told for each of so many rows; 0: reading ahead would not pay.
@@ -220,7 +234,7 @@ class ExpertStore:
         always does; in decode if the governor found so.
         """
         plan = self._plans[layer]
-        if plan is None or self._dry:
+        if plan is None or self._turn.dry:
             return 0
         return plan.num_experts if rows >= SWEEP_ROWS or self.governor.on else 0
 
@@ -246,7 +260,7 @@ class ExpertStore:
         slot_of = self.policy.slot_of
         keys = (order + plan.first_key).tolist()
         missing = [key for key in keys if slot_of[key] == NO_SLOT]
-        self._wanted = deque(missing if len(ids) >= SWEEP_ROWS else missing[: READ_AHEAD * len(ids)])
+        self._turn.wanted = deque(missing if len(ids) >= SWEEP_ROWS else missing[: READ_AHEAD * len(ids)])
         self.read_ahead()
 
     @property
@@ -260,27 +274,28 @@ class ExpertStore:
         return all(self.reader.is_direct(file) for file in self._files)
 
     def reset(self) -> None:
-        """Forget what is in the slots, after an exception (Ctrl-C) may have left a stream anywhere in the middle."""
-        if self._active is not None:
-            self._active.abandon()
-            self._active = None
+        """Forget what is in the slots, after an exception (Ctrl-C) may have left a stream anywhere in the middle.
+
+        A pass at rest has no part in it: it will read again what it had not used yet.
+        """
+        if self._turn.stream is not None:
+            self._turn.stream.abandon()
         self.reader.cancel_prefetch()
         while self.reader.outstanding():
             self.reader.wait(1, _POLL_SECONDS)
         self.reader.wait(0, 0.0)  # reports nobody waits for any more
         self._flight.forget()
-        self._wanted.clear()
-        self._ahead.clear()
-        self._landed.clear()
-        self._step_rows = 0
+        self._turn = Turn(len(self._plans))
         self.policy = self._make_policy()
         if self._residents is not None:
             self._residents.clear()
+        if self._rested is not None:
+            self._rested.restart()
 
     def stats(self) -> StoreStats:
         """A snapshot; subtract an earlier one."""
         c = self.reader.counters()
-        running = time.perf_counter() - self._stream_began if self._active is not None else 0.0
+        running = time.perf_counter() - self._stream_began if self._turn.stream is not None else 0.0
         return StoreStats(
             bytes_read=c.bytes_disk,
             bytes_cached=c.bytes_cached,
@@ -296,10 +311,11 @@ class ExpertStore:
         )
 
     def close(self) -> None:
-        """End the active stream, drop what is read ahead and give the memory back."""
-        if self._active is not None:
-            self._active.close()
-        self.claim([])
+        """End all streams, drop what is read ahead and give the memory back."""
+        for turn in self._turns():
+            if turn.stream is not None:
+                turn.stream.close()
+            self._drop_guesses(turn)
         while len(self._flight) and self.reader.outstanding():
             self.wait()
         self.reader.detach(self.arena.memory)
@@ -307,40 +323,49 @@ class ExpertStore:
     # What follows is for ExpertStream.
 
     def claim(self, keys: Sequence[int]) -> set[int]:
-        """A layer's turn has come: of what was read ahead, keep what it asks for.
+        """A layer's turn has come: of what was read ahead, for a pass at rest too, keep what it asks for.
 
         Returns:
             Those of ``keys`` that have landed, still pinned. Those on their way are demand reads from now on.
         """
-        self._wanted.clear()
-        if not len(self._flight) and not self._landed:
+        turn = self._turn
+        turn.wanted.clear()
+        if not len(self._flight) and not turn.landed and self._rested is None:
             return set()
-        wanted = self._ahead.intersection(keys)
-        self._flight.cancel(self._ahead - wanted)
+        wanted = turn.ahead.intersection(keys)
+        self._flight.cancel(turn.ahead - wanted)
         self.wait(0.0)
-        used, wrong = self._landed & wanted, self._landed - wanted
-        self._ahead, self._landed = set(), set()
+        used, wrong = turn.landed & wanted, turn.landed - wanted
+        turn.ahead, turn.landed = set(), set()
         self.policy.release(list(wrong))
+        if self._rested is not None:
+            used |= self._rested.give(keys)
         nbytes = sum(self._nbytes[key] for key in used)
         self._needed += nbytes
-        self._bytes_ahead += nbytes + sum(self._nbytes[key] for key in self._flight.promote(keys))
+        self._bytes_ahead += nbytes
         self._hits_ahead += len(used)
+        self.promote(keys)
         return used
+
+    def promote(self, keys: Sequence[int]) -> None:
+        """Somebody waits for these keys now: what is on its way comes first."""
+        self._bytes_ahead += sum(self._nbytes[key] for key in self._flight.promote(keys))
 
     def read_ahead(self) -> bool:
         """Read predicted experts into slots that hold nothing; True if more of them would be welcome."""
-        if not self._wanted or (self._active is not None and self._active.wants_slots):
-            return bool(self._wanted)
+        turn = self._turn
+        if not turn.wanted or (turn.stream is not None and turn.stream.wants_slots):
+            return bool(turn.wanted)
         keys: list[int] = []
-        while self._wanted and self.policy.free():
-            key = self._wanted.popleft()
+        while turn.wanted and self.policy.free():
+            key = turn.wanted.popleft()
             if self.policy.slot_of[key] == NO_SLOT:
                 self.policy.acquire(key)
                 keys.append(key)
         if keys:
-            self._ahead.update(keys)
+            turn.ahead.update(keys)
             self._submit(keys, ahead=True)
-        return bool(self._wanted)
+        return bool(turn.wanted)
 
     def submit(self, keys: list[int]) -> None:
         """Read experts of one layer that have slots and are waited for."""
@@ -350,7 +375,8 @@ class ExpertStore:
         slot_of = self.policy.slot_of
         plan = self._plans[self._layer_of_key[keys[0]]]
         assert plan is not None  # keys exist only for layers with experts
-        self._flight.submit(keys, plan.ranges(keys, [slot_of[key] for key in keys], self.arena), ahead)
+        sweeps = self._turn.rows >= SWEEP_ROWS and self._rested is None  # whoever runs while it rests goes first
+        self._flight.submit(keys, plan.ranges(keys, [slot_of[key] for key in keys], self.arena), ahead, ahead or sweeps)
 
     def wait(self, timeout: float = _POLL_SECONDS) -> bool:
         """Wait for a read to end and sort what came; False if nothing did."""
@@ -362,27 +388,26 @@ class ExpertStore:
                 self._residents.landed(read.key, self.policy.slot_of[read.key])
             if not read.ahead:
                 self._needed += self._nbytes[read.key]
-                self._stream.landed(read.key)
-            elif read.key in self._ahead:
-                self._landed.add(read.key)
-            else:
+            if not any([turn.take(read.key) for turn in self._turns()]):  # all of them are told
                 self.policy.release([read.key])  # its layer's turn is over
         for read, failure in failed:
             self.policy.discard(read.key)
-            self._ahead.discard(read.key)
-            if not read.ahead:  # else nobody needs it: whoever does will read it again and be told
-                self._failed += 1
-                self._stream.failed(read.key, failure)
+            self._failed += not read.ahead  # else nobody needs it: whoever does will read it again and be told
+            for turn in self._turns():
+                turn.lose(read.key, failure)
         return bool(landed or failed)
 
-    @property
-    def _stream(self) -> ExpertStream:
-        assert self._active is not None  # a stream ends when nothing it waits for is being read
-        return self._active
+    def _turns(self) -> list[Turn]:
+        return [self._turn] if self._rested is None else [self._turn, self._rested]
 
     def reading(self, key: int) -> bool:
         """Whether the bytes of a key are on their way."""
         return key in self._flight
+
+    def shared(self, key: int) -> bool:
+        """Whether the pass at rest waits for a key, too."""
+        stream = None if self._rested is None else self._rested.stream
+        return stream is not None and stream.awaits(key)
 
     def under_way(self) -> list[int]:
         """Keys whose bytes are on their way; any thread may ask."""
@@ -398,12 +423,14 @@ class ExpertStore:
         self._misses += misses
 
     def is_active(self, stream: ExpertStream) -> bool:
-        """Whether it is the latest stream and has not ended."""
-        return self._active is stream
+        """Whether it is the latest stream of a pass and has not ended."""
+        return any(turn.stream is stream for turn in self._turns())
 
     def ended(self, stream: ExpertStream) -> None:
         """A stream waits for nothing any more."""
-        if self._active is stream:
-            self._active = None
-            self._step_ended = time.perf_counter()
-            self._streaming += self._step_ended - self._stream_began
+        if self._turn.stream is stream:
+            self._turn.ended = time.perf_counter()
+            self._streaming += self._turn.ended - self._stream_began
+        for turn in self._turns():
+            if turn.stream is stream:
+                turn.stream = None

@@ -6,7 +6,7 @@ Shape letters: T rows, k experts per row, n distinct experts, P parts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from moestream.errors import ReadError
 from moestream.experts.layer_plan import LayerPlan
-from moestream.experts.policy import NO_SLOT
+from moestream.experts.policy import NO_SLOT, SWEEP_ROWS
 from moestream.experts.reader import ReadFailure, read_error
 from moestream.experts.resident import group_pairs
 from moestream.ops.base import I32, Wave
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SWEEP_WAVE = 8
 """Experts of a wave while reads still want slots: a longer one would hold landed bytes, and the disk would idle."""
+LONGEST_WAVE = 64
+"""Experts of any wave of a sweep: it can rest between two. Shorter ones cost up to a tenth of what experts take."""
 
 
 class ExpertStream:
@@ -44,24 +46,32 @@ class ExpertStream:
         self._counts: list[int] = np.diff(self._starts).tolist()  # [n]
         self._policy.record(layer, self._keys, self._counts, len(ids))
 
+        self._sweep = len(ids) >= SWEEP_ROWS
         self._abandoned = False
         self._current: list[int] = []  # in the wave being used
         self._ready: list[int] = []  # to yield next
         self._pending: deque[int] = deque()  # want a slot
         self._awaited: dict[int, int] = {}  # being read, by key
         held = store.claim(self._keys)
-        slot_of, under_way = self._policy.slot_of, store.reading_anything()
-        for i, key in enumerate(self._keys):
+        self._look_up(range(len(self._keys)), held)
+        store.count(hits=len(self._ready) - len(held), misses=len(self._pending) + len(self._awaited))
+        self._submit_pending()
+
+    def _look_up(self, experts: Iterable[int], held: Container[int]) -> None:
+        """Sort experts by where they are: in a slot, on their way, or neither; keys in ``held`` are pinned for us."""
+        slot_of, under_way = self._policy.slot_of, self._store.reading_anything()
+        for i in experts:
+            key = self._keys[i]
             if slot_of[key] == NO_SLOT:
                 self._pending.append(i)
-            elif under_way and store.reading(key):
+            elif under_way and self._store.reading(key):
+                if self._store.shared(key):
+                    self._policy.pin(key)
                 self._awaited[key] = i
             else:
                 self._ready.append(i)
                 if key not in held:
                     self._policy.pin(key)
-        store.count(hits=len(self._ready) - len(held), misses=len(self._pending) + len(self._awaited))
-        self._submit_pending()
 
     @property
     def wants_slots(self) -> bool:
@@ -97,7 +107,8 @@ class ExpertStream:
                     raise RuntimeError("every slot is in use by a stream that never ended: the store must be reset")
             self._store.wait()
         # While reads want slots, what landed last goes first: hits can wait in theirs.
-        cut = max(0, len(self._ready) - SWEEP_WAVE) if crowded else 0
+        most = SWEEP_WAVE if crowded else LONGEST_WAVE if self._sweep else len(self._ready)
+        cut = max(0, len(self._ready) - most)
         self._current, self._ready = sorted(self._ready[cut:]), self._ready[:cut]
         return self._wave(self._current)
 
@@ -120,13 +131,39 @@ class ExpertStream:
         """The store has forgotten everything: no wave will come any more."""
         self._abandoned = True
 
-    def landed(self, key: int) -> None:
-        """The bytes of an awaited key are in its slot."""
-        self._ready.append(self._awaited.pop(key))
+    def pause(self) -> None:
+        """Another pass goes first: the last wave's memory may be overwritten from now on, what is ready stays."""
+        self._release_current()
+
+    def resume(self) -> None:
+        """Go on; the other pass may have brought what still had no slot."""
+        pending, self._pending = self._pending, deque()
+        self._store.promote([self._keys[i] for i in pending])
+        self._look_up(pending, ())
+
+    def restart(self) -> None:
+        """The store has forgotten everything while this one was at rest: read again what was not used yet."""
+        self._policy = self._store.policy
+        self._pending = deque(sorted([*self._ready, *self._awaited.values(), *self._pending]))
+        self._ready, self._awaited = [], {}
+
+    def awaits(self, key: int) -> bool:
+        """Whether a key is being read for this one."""
+        return key in self._awaited
+
+    def landed(self, key: int) -> bool:
+        """The bytes of a key are in its slot; False if this one does not wait for it."""
+        i = self._awaited.pop(key, None)
+        if i is None:
+            return False
+        self._ready.append(i)
+        return True
 
     def failed(self, key: int, failure: ReadFailure) -> None:
-        """An awaited key cannot be read; its slot is gone."""
-        i = self._awaited.pop(key)
+        """A key cannot be read; its slot is gone."""
+        i = self._awaited.pop(key, None)
+        if i is None:
+            return
         pairs = self._pairs[self._starts[i] : self._starts[i + 1]]
         self.failures.append((pairs, read_error(self._store.reader, failure)))
 

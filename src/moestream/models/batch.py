@@ -14,6 +14,14 @@ from moestream.errors import ReadError
 from moestream.models.states import SequenceStates
 from moestream.ops.base import I32
 
+BLOCK = 256
+"""Rows that mixers take at a time: matrices are decoded once for so many, and more would make long pieces."""
+ALIGNED = 64
+"""Blocks are multiples of it, as delta-nets work in chunks of so many rows."""
+
+SEEN = 1 << 20
+"""Rows times tokens before them that attention takes at a time, down to ``ALIGNED`` rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -23,11 +31,17 @@ class Segment:
     start: int
     length: int
 
-    def cuts(self) -> list[int]:
-        """Rows at which a recurrent layer must stop: where its state is wanted, and the end."""
-        past = self.states.length
-        marks = [self.start + m - past for m in self.states.marks if past < m < past + self.length]
-        return [self.start, *marks, self.start + self.length]
+    def parts(self, rows: slice) -> list[slice]:
+        """Some of its rows, in pieces that take attention about as long whatever it has seen."""
+        seen = self.states.length + rows.stop - self.start
+        size = max(ALIGNED, SEEN // seen // ALIGNED * ALIGNED)
+        return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+
+    def cuts(self, rows: slice) -> list[int]:
+        """Of its rows, where a recurrent layer begins, must stop because its state is wanted, and ends."""
+        shift = self.start - self.states.length
+        marks = [m + shift for m in self.states.marks if rows.start < m + shift < rows.stop]
+        return [rows.start, *marks, rows.stop]
 
 
 @dataclass(slots=True)
@@ -42,6 +56,18 @@ class Batch:
     """(row, error): an expert that the row needed could not be read, so its logits are worthless."""
     on_layer: Callable[[int, int], None] | None = None
     """Called with (layers done, layers) after each layer."""
+
+    def blocks(self) -> list[list[tuple[Segment, slice]]]:
+        """The rows in blocks of about ``BLOCK``, each as the rows of its segments in order."""
+        count = -(-len(self.ids) // BLOCK)
+        if count <= 1:
+            return [[(s, slice(s.start, s.start + s.length)) for s in self.segments]]
+        size = -(-len(self.ids) // (count * ALIGNED)) * ALIGNED
+        blocks = []
+        for start in range(0, len(self.ids), size):
+            parts = [(s, slice(max(s.start, start), min(s.start + s.length, start + size))) for s in self.segments]
+            blocks.append([(s, rows) for s, rows in parts if rows.start < rows.stop])
+        return blocks
 
     @classmethod
     def of(cls, chunks: Sequence[tuple[Sequence[int] | I32, SequenceStates]], all_logits: bool = False) -> Batch:

@@ -5,7 +5,8 @@ Shape letters: as in ``ops/base.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -36,6 +37,9 @@ class ExpertSource(Protocol):
 
     def stream(self, layer: int, ids: I32) -> ExpertStream:
         """Submit every read that ids [T, k] need of ``layer``, and return at once."""
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """While entered, the streams of another pass may run; then the stream that has not ended goes on."""
 
 
 class ReadAhead(Protocol):
@@ -69,7 +73,7 @@ class Step:
 
 @dataclass(slots=True)
 class Scratch:
-    """Memory for expert outputs, reused by all layers."""
+    """Memory for expert outputs, reused by all layers of a pass."""
 
     rows: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
@@ -83,15 +87,15 @@ class Scratch:
 class Mixer(Protocol):
     """Mixes the rows of each sequence: [T, H] -> [T, H], advancing the layer's states."""
 
-    def forward(self, h: F32, layer: int, step: Step) -> F32:
-        """Output to be added to the residual."""
+    def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Output to be added to the residual; yields where the pass may rest, as ``Model.layers``."""
 
 
 class Mlp(Protocol):
     """Works on each row alone."""
 
-    def forward(self, x: F32, h: F32, layer: int, step: Step) -> F32:
-        """Residual x [T, H] plus the MLP of h [T, H] -> [T, H]."""
+    def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Residual x [T, H] plus the MLP of h [T, H] -> [T, H]; yields where the pass may rest, as ``Model.layers``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +108,26 @@ class Attention:
     o: Matrix
     params: AttentionParams
 
-    def forward(self, h: F32, layer: int, step: Step) -> F32:
-        """Attend within each sequence: [T, H] -> [T, H]."""
-        q, k, v = step.ops.linear(h, [self.q, self.k, self.v])
-        out = []
-        for s in step.batch.segments:
-            cache = s.states.layers[layer]
-            assert isinstance(cache, KVCache)
-            own = slice(s.start, s.start + s.length)
-            out.append(step.ops.attention(q[own], k[own], v[own], step.cos[own], step.sin[own], self.params, cache))
-        return step.ops.linear(_joined(out), [self.o])[0]
+    def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Attend within each sequence: [T, H] -> [T, H], with rests between blocks of rows."""
+        out: list[F32] = []
+        for block in step.batch.blocks():
+            if out:
+                yield type(self).__name__
+            first = block[0][1].start
+            q, k, v = step.ops.linear(h[first : block[-1][1].stop], [self.q, self.k, self.v])
+            mixed = []
+            for segment, rows in block:
+                cache = segment.states.layers[layer]
+                assert isinstance(cache, KVCache)
+                for part in segment.parts(rows):
+                    if part.start > rows.start:
+                        yield type(self).__name__
+                    own = slice(part.start - first, part.stop - first)
+                    cos, sin = step.cos[part], step.sin[part]
+                    mixed.append(step.ops.attention(q[own], k[own], v[own], cos, sin, self.params, cache))
+            out += step.ops.linear(_joined(mixed), [self.o])
+        return _joined(out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,19 +141,24 @@ class DeltaNet:
     out: Matrix
     params: DeltaNetParams
 
-    def forward(self, h: F32, layer: int, step: Step) -> F32:
-        """Advance the state of each sequence: [T, H] -> [T, H]."""
-        u, z, b, a = step.ops.linear(h, [self.qkv, self.z, self.b, self.a])
-        out = []
-        for s in step.batch.segments:
-            state = s.states.layers[layer]
-            assert isinstance(state, DeltaState)
-            cuts = s.cuts()
-            for start, end in pairwise(cuts):
-                own = slice(start, end)
-                out.append(step.ops.delta_net(u[own], z[own], b[own], a[own], self.params, state))
-                s.states.mark(state, s.states.length + end - s.start)
-        return step.ops.linear(_joined(out), [self.out])[0]
+    def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Advance the state of each sequence: [T, H] -> [T, H], with rests between blocks of rows."""
+        out: list[F32] = []
+        for block in step.batch.blocks():
+            if out:
+                yield type(self).__name__
+            first = block[0][1].start
+            u, z, b, a = step.ops.linear(h[first : block[-1][1].stop], [self.qkv, self.z, self.b, self.a])
+            mixed = []
+            for segment, rows in block:
+                state = segment.states.layers[layer]
+                assert isinstance(state, DeltaState)
+                for start, end in pairwise(segment.cuts(rows)):
+                    own = slice(start - first, end - first)
+                    mixed.append(step.ops.delta_net(u[own], z[own], b[own], a[own], self.params, state))
+                    segment.states.mark(state, segment.states.length + end - segment.start)
+            out += step.ops.linear(_joined(mixed), [self.out])
+        return _joined(out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +169,9 @@ class DenseMlp:
     up: Matrix
     down: Matrix
 
-    def forward(self, x: F32, h: F32, layer: int, step: Step) -> F32:
-        """Compute x + mlp(h)."""
+    def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Compute x + mlp(h), in one piece."""
+        yield from ()
         return x + step.ops.swiglu(h, self.gate, self.up, self.down)
 
 
@@ -164,8 +184,8 @@ class Moe:
     shared_gate: Matrix | None
     renormalise: bool
 
-    def forward(self, x: F32, h: F32, layer: int, step: Step) -> F32:
-        """Compute x + experts(h); rows whose expert could not be read go into ``batch.failures``.
+    def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Compute x + experts(h), with a rest after each wave; rows that lost an expert go into ``batch.failures``.
 
         Raises:
             MoestreamError: the source lost a routed pair without reporting a failure.
@@ -185,6 +205,7 @@ class Moe:
         for wave in stream:
             ops.experts(h, wave, k, out)
             done += len(wave.pairs)
+            yield "wave"
         for pairs, error in stream.failures:
             out[pairs] = 0.0
             done += len(pairs)

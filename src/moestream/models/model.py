@@ -75,7 +75,7 @@ class Model:
         self.read_ahead: ReadAhead | None = None
         self.predict_override: RouterOverride | None = None
         self._weights = weights
-        self._scratch = Scratch()
+        self._scratch: Scratch | None = None  # while no pass has it
         pairs = np.arange(0, config.attention.rotary_dim, 2)
         self._frequencies = config.attention.rope_theta ** (-pairs / config.attention.rotary_dim)  # [R / 2]
 
@@ -89,49 +89,64 @@ class Model:
         Advances the states of every segment and appends unreadable experts to ``batch.failures``. Non-finite values
         spread within their sequence only, and are the caller's to find in the logits.
         """
-        layers = self.layers(batch)
+        pieces = self.layers(batch)
         while True:
             try:
-                next(layers)
+                next(pieces)
             except StopIteration as end:
                 logits: F32 = end.value
                 return logits
 
-    def layers(self, batch: Batch) -> Generator[None, None, F32]:
-        """The same layer by layer, with a rest after each but the last.
+    def layers(self, batch: Batch) -> Generator[str, bool | None, F32]:
+        """The same piece by piece; yields the name of the next piece. Those of a name take about as long.
 
-        Another batch, of other sequences, may run during a rest.
+        ``send(True)`` puts the pass to rest, and yields the name again: batches of other sequences may run until
+        ``next`` goes on or ``close`` ends it.
         """
+        pieces = self._pieces(batch)
+        while True:
+            try:
+                with np.errstate(all="ignore"):
+                    upcoming = next(pieces)
+            except StopIteration as end:
+                logits: F32 = end.value
+                return logits
+            if (yield upcoming):
+                with self.experts.at_rest():
+                    yield upcoming
+
+    def _pieces(self, batch: Batch) -> Generator[str, None, F32]:
         for segment in batch.segments:
             segment.states.reserve(segment.length)
-        x = yield from self._residual(batch)
-        with np.errstate(all="ignore"):
-            logits = self._logits(x, batch.logits_rows)
+        scratch, self._scratch = self._scratch or Scratch(), None
+        try:
+            x = yield from self._residual(batch, scratch)
+        finally:
+            self._scratch = scratch
+        logits = self._logits(x, batch.logits_rows)
         for segment in batch.segments:
             segment.states.length += segment.length
         return logits
 
-    def _residual(self, batch: Batch) -> Generator[None, None, F32]:
+    def _residual(self, batch: Batch, scratch: Scratch) -> Generator[str, None, F32]:
         """The residual stream after the last layer [T, H]."""
         ops = self.ops
         angles = batch.positions[:, None] * self._frequencies  # [T, R / 2], float64: exact at any position
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         predictable = self.router_override is None or self.predict_override is not None
         look_ahead = self._look_ahead if self.read_ahead is not None and predictable else None
-        step = Step(
-            ops, self.experts, self.active_experts, self.router_override, batch, cos, sin, self._scratch, look_ahead
-        )
+        step = Step(ops, self.experts, self.active_experts, self.router_override, batch, cos, sin, scratch, look_ahead)
         x = ops.embed(batch.ids, self._weights.embed)
         for i, layer in enumerate(self._weights.layers):
-            with np.errstate(all="ignore"):
-                x = x + layer.mixer.forward(ops.rms_norm(x, layer.mixer_norm, self.config.eps), i, step)
-                x = layer.mlp.forward(x, ops.rms_norm(x, layer.mlp_norm, self.config.eps), i, step)
+            if i:
+                yield type(layer.mixer).__name__
+            x = x + (yield from layer.mixer.forward(ops.rms_norm(x, layer.mixer_norm, self.config.eps), i, step))
+            yield "mlp"
+            x = yield from layer.mlp.forward(x, ops.rms_norm(x, layer.mlp_norm, self.config.eps), i, step)
             if self.observe is not None:
                 self.observe(i, x)
             if batch.on_layer is not None:
                 batch.on_layer(i + 1, len(self._weights.layers))
-            if i + 1 < len(self._weights.layers):
-                yield
         return x
 
     def _look_ahead(self, x: F32, layer: int) -> None:

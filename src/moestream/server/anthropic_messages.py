@@ -160,7 +160,7 @@ async def messages(service: Service, body: MessagesBody, request: Request) -> Re
     budget = thinking.budget_tokens if thinking is not None and thinking.type == "enabled" else None
     use, variables = _tool_use(body), _variables(service, body)
     user = body.metadata.get("user_id") if isinstance(body.metadata, dict) else None
-    caller = caller_of(request, user)
+    caller = caller_of(request, service.settings, user)
     conversation = ChatRequest(_messages(body), [params], use, _schema(body), variables, budget, caller)
     chat = await begin(service, conversation)
     reply_id = new_id("msg_")

@@ -211,7 +211,7 @@ def _request(service: Service, body: ChatBody, request: Request) -> ChatRequest:
             **thinking_variables(service.loaded.template, body.reasoning_effort, "reasoning_effort"),
             **(body.chat_template_kwargs or {}),
         },
-        caller=caller_of(request, body.user or body.safety_identifier, body.priority),
+        caller=caller_of(request, service.settings, body.user or body.safety_identifier, body.priority),
     )
 
 

@@ -119,7 +119,7 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
     )
     choices = [_Choice(ids) for ids in prompts for _ in range(count)]
     reply_id, tokenizer = new_id("cmpl-"), service.loaded.tokenizer
-    caller = caller_of(request, body.user, body.priority)
+    caller = caller_of(request, service.settings, body.user, body.priority)
     generation = service.open([c.prompt for c in choices], spread(params, count) * len(prompts), caller)
     request.scope["moestream"].watch(generation, reply_id)
     head = {"id": reply_id, "object": "text_completion", "created": now(), "model": body.model}

@@ -207,7 +207,7 @@ def _request(service: Service, body: ResponsesBody, request: Request) -> ChatReq
     )
     effort = body.reasoning.effort if body.reasoning else None
     variables = thinking_variables(service.loaded.template, effort, "reasoning.effort")
-    caller = caller_of(request, body.user or body.safety_identifier, body.priority)
+    caller = caller_of(request, service.settings, body.user or body.safety_identifier, body.priority)
     return ChatRequest(_messages(body), [params], use, _schema(body), variables, caller=caller)
 
 

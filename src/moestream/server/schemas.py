@@ -15,7 +15,7 @@ from moestream.engine.receipt import Receipt
 from moestream.engine.sequence import Caller
 from moestream.server.constraints import check_schema
 from moestream.server.errors import ApiError, unsupported
-from moestream.server.settings import MAX_STOP, MAX_STOP_LENGTH, MAX_TOOLS
+from moestream.server.settings import MAX_STOP, MAX_STOP_LENGTH, MAX_TOOLS, ServeSettings
 from moestream.text.tool_formats import parameters_of
 
 
@@ -40,7 +40,11 @@ FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:-]{1,128
 Label = Annotated[Any, Field(description="Accepted as the client's own label; has no effect.")]
 Priority = Annotated[
     Int,
-    Field(ge=-1000, le=1000, description="Lower goes first. Above 0 is work that can wait: a place is kept from it."),
+    Field(
+        ge=-1000,
+        le=1000,
+        description="Lower goes first; above 0 can wait: a place is kept from it. Below 0 takes --allow-priority.",
+    ),
 ]
 LogitBias = Annotated[
     dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
@@ -158,14 +162,20 @@ def thinking_variables(template: str, effort: str | None, param: str) -> dict[st
     raise unsupported(param, "this model's chat template has no switch for thinking")
 
 
-def caller_of(request: Request, label: object = None, priority: int | None = None) -> Caller:
+def caller_of(request: Request, settings: ServeSettings, label: object = None, priority: int | None = None) -> Caller:
     """Whose request it is: an address with the user it names, or with its program if it names none.
 
     Args:
         request: The request.
+        settings: Of the server.
         label: The field that names the user, if the body has one.
         priority: Lower goes first.
+
+    Raises:
+        ApiError: it asks to go before others, and the server does not let it.
     """
+    if priority is not None and priority < 0 and not settings.allow_priority:
+        raise unsupported("priority", "below 0 goes before everybody else, which takes --allow-priority on the server")
     name = label if isinstance(label, str) and label else request.headers.get("user-agent", "")
     return Caller(f"{request.client.host if request.client else ''} {name[:256]}", priority or 0)
 

@@ -39,6 +39,8 @@ class ServeSettings:
     """Tokens a reply has at most, whatever it asks for; None: what the context holds."""
     request_timeout: float | None = None
     """Seconds from a place in the queue to the end, after which a request is answered 504; None: no limit."""
+    allow_priority: bool = False
+    """Requests may ask to go before others; that they can wait they may always say."""
     allowed_hosts: tuple[str, ...] = ()
     """Names besides localhost and addresses that ``Host`` may hold."""
     allowed_origins: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from moestream.cli.output import note
 from moestream.text.reply_reader import CallArguments, CallStart, Content, Event, Reasoning
 
 if TYPE_CHECKING:
-    from moestream.experts.store import StoreStats
+    from moestream.experts.stats import StoreStats
 
 THOUGHT_LINES = 6
 """Lines of what the model thinks that are shown meanwhile."""
