@@ -40,6 +40,14 @@ def group_pairs(ids: I32, layer: int, plan: LayerPlan) -> tuple[I32, I32, I32]:
     return experts, starts, pairs
 
 
+def uses(starts: I32, rows: int) -> list[int]:
+    """How many of the rows each expert serves; starts [n + 1]."""
+    if rows == 1:  # decoding: kept short
+        return [1] * (len(starts) - 1)
+    counts: list[int] = np.diff(starts).tolist()
+    return counts
+
+
 class ResidentStream:
     """One wave of experts that are in memory for good.
 

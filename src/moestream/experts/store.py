@@ -21,7 +21,7 @@ from moestream.experts.governor import Governor
 from moestream.experts.layer_plan import LayerPlan
 from moestream.experts.policy import LANDING_SLOTS, LFRU, LRU, NO_SLOT, SWEEP_ROWS, landing_slots
 from moestream.experts.reader import BLOCK, FILE, Reader
-from moestream.experts.resident import Residents, ResidentStream
+from moestream.experts.resident import Residents, ResidentStream, uses
 from moestream.experts.stats import StoreStats
 from moestream.experts.stream import ExpertStream
 from moestream.experts.turn import Turn
@@ -150,7 +150,7 @@ class ExpertStore:
             wave = self._residents.wave(layer, plan, ids)
             if wave is not None:
                 keys: list[int] = (wave.experts + plan.first_key).tolist()
-                self.policy.record(layer, keys, np.diff(wave.starts).tolist(), len(ids))  # for whoever looks at it
+                self.policy.record(layer, keys, uses(wave.starts, len(ids)), len(ids))  # for whoever looks at it
                 self.count(hits=len(keys), misses=0)
                 turn.ended = self._stream_began
                 return ResidentStream(wave)

@@ -16,7 +16,7 @@ from moestream.errors import ReadError
 from moestream.experts.layer_plan import LayerPlan
 from moestream.experts.policy import NO_SLOT, SWEEP_ROWS
 from moestream.experts.reader import ReadFailure, read_error
-from moestream.experts.resident import group_pairs
+from moestream.experts.resident import group_pairs, uses
 from moestream.ops.base import I32, Wave
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class ExpertStream:
         self._plan = plan
         self._experts, self._starts, self._pairs = group_pairs(ids, layer, plan)
         self._keys: list[int] = (self._experts + plan.first_key).tolist()
-        self._counts: list[int] = np.diff(self._starts).tolist()  # [n]
+        self._counts: list[int] = uses(self._starts, len(ids))  # [n]
         self._policy.record(layer, self._keys, self._counts, len(ids))
 
         self._sweep = len(ids) >= SWEEP_ROWS

@@ -57,6 +57,11 @@ class Batch:
     on_layer: Callable[[int, int], None] | None = None
     """Called with (layers done, layers) after each layer."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is one row of each sequence."""
+        return len(self.ids) == len(self.segments)
+
     def blocks(self) -> list[list[tuple[Segment, slice]]]:
         """The rows in blocks of about ``BLOCK``, each as the rows of its segments in order."""
         count = -(-len(self.ids) // BLOCK)

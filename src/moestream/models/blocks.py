@@ -14,8 +14,21 @@ from typing import Protocol
 import numpy as np
 
 from moestream.errors import MoestreamError, ReadError
-from moestream.models.batch import Batch
-from moestream.ops.base import F32, I32, AttentionParams, DeltaNetParams, DeltaState, KVCache, Matrix, Ops, Wave
+from moestream.models.batch import Batch, Segment
+from moestream.ops.base import (
+    F32,
+    I32,
+    AttentionParams,
+    AttentionStep,
+    DeltaNetParams,
+    DeltaNetStep,
+    DeltaState,
+    KVCache,
+    Matrix,
+    Ops,
+    RouteStep,
+    Wave,
+)
 
 RouterOverride = Callable[[int, int], I32]
 """(layer, T) -> expert ids [T, k] to use instead of the router's choice."""
@@ -85,48 +98,50 @@ class Scratch:
 
 
 class Mixer(Protocol):
-    """Mixes the rows of each sequence: [T, H] -> [T, H], advancing the layer's states."""
+    """Mixes the rows of each sequence, advancing the layer's states."""
 
-    def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
-        """Output to be added to the residual; yields where the pass may rest, as ``Model.layers``."""
+    def forward(self, x: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Residual x [T, H] plus what is mixed -> [T, H]; yields where the pass may rest, as ``Model.layers``."""
 
 
 class Mlp(Protocol):
     """Works on each row alone."""
 
-    def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
-        """Residual x [T, H] plus the MLP of h [T, H] -> [T, H]; yields where the pass may rest, as ``Model.layers``."""
+    def forward(self, x: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Residual x [T, H] plus the MLP of its norm -> [T, H]; yields where the pass may rest, as ``Model.layers``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
     """Causal grouped-query attention."""
 
+    norm: F32  # [H]
     q: Matrix
     k: Matrix
     v: Matrix
     o: Matrix
     params: AttentionParams
+    step: AttentionStep
 
-    def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+    def forward(self, x: F32, layer: int, step: Step) -> Generator[str, None, F32]:
         """Attend within each sequence: [T, H] -> [T, H], with rests between blocks of rows."""
+        if step.batch.decodes:
+            return self.step(x, step.cos, step.sin, [_cache(s, layer) for s in step.batch.segments])
         out: list[F32] = []
         for block in step.batch.blocks():
             if out:
                 yield type(self).__name__
-            first = block[0][1].start
-            q, k, v = step.ops.linear(h[first : block[-1][1].stop], [self.q, self.k, self.v])
+            within = slice(block[0][1].start, block[-1][1].stop)
+            _, (q, k, v) = step.ops.normed_linear(x[within], self.norm, self.params.eps, [self.q, self.k, self.v])
             mixed = []
             for segment, rows in block:
-                cache = segment.states.layers[layer]
-                assert isinstance(cache, KVCache)
                 for part in segment.parts(rows):
                     if part.start > rows.start:
                         yield type(self).__name__
-                    own = slice(part.start - first, part.stop - first)
-                    cos, sin = step.cos[part], step.sin[part]
+                    own = slice(part.start - within.start, part.stop - within.start)
+                    cos, sin, cache = step.cos[part], step.sin[part], _cache(segment, layer)
                     mixed.append(step.ops.attention(q[own], k[own], v[own], cos, sin, self.params, cache))
-            out += step.ops.linear(_joined(mixed), [self.o])
+            out.append(step.ops.linear_onto(x[within], _joined(mixed), self.o))
         return _joined(out)
 
 
@@ -134,66 +149,87 @@ class Attention:
 class DeltaNet:
     """Gated delta-net."""
 
+    norm: F32  # [H]
     qkv: Matrix
     z: Matrix
     b: Matrix
     a: Matrix
     out: Matrix
     params: DeltaNetParams
+    step: DeltaNetStep
 
-    def forward(self, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+    def forward(self, x: F32, layer: int, step: Step) -> Generator[str, None, F32]:
         """Advance the state of each sequence: [T, H] -> [T, H], with rests between blocks of rows."""
+        if step.batch.decodes:
+            segments = step.batch.segments
+            y = self.step(x, [_state(s, layer) for s in segments])
+            for segment in segments:
+                segment.states.mark(_state(segment, layer), segment.states.length + 1)
+            return y
         out: list[F32] = []
         for block in step.batch.blocks():
             if out:
                 yield type(self).__name__
-            first = block[0][1].start
-            u, z, b, a = step.ops.linear(h[first : block[-1][1].stop], [self.qkv, self.z, self.b, self.a])
+            within = slice(block[0][1].start, block[-1][1].stop)
+            projections = [self.qkv, self.z, self.b, self.a]
+            _, (u, z, b, a) = step.ops.normed_linear(x[within], self.norm, self.params.eps, projections)
             mixed = []
             for segment, rows in block:
-                state = segment.states.layers[layer]
-                assert isinstance(state, DeltaState)
+                state = _state(segment, layer)
                 for start, end in pairwise(segment.cuts(rows)):
-                    own = slice(start - first, end - first)
+                    own = slice(start - within.start, end - within.start)
                     mixed.append(step.ops.delta_net(u[own], z[own], b[own], a[own], self.params, state))
                     segment.states.mark(state, segment.states.length + end - segment.start)
-            out += step.ops.linear(_joined(mixed), [self.out])
+            out.append(step.ops.linear_onto(x[within], _joined(mixed), self.out))
         return _joined(out)
 
 
 @dataclass(frozen=True, slots=True)
-class DenseMlp:
-    """SwiGLU."""
+class SwiGlu:
+    """down(silu(gate h) * up h)."""
 
     gate: Matrix
     up: Matrix
     down: Matrix
 
-    def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
-        """Compute x + mlp(h), in one piece."""
+
+@dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """An MLP that every row goes through."""
+
+    norm: F32  # [H]
+    eps: float
+    inner: SwiGlu
+
+    def forward(self, x: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Compute x + mlp(norm(x)), in one piece."""
         yield from ()
-        return x + step.ops.swiglu(h, self.gate, self.up, self.down)
+        h = step.ops.rms_norm(x, self.norm, self.eps)
+        return x + step.ops.swiglu(h, self.inner.gate, self.inner.up, self.inner.down)
 
 
 @dataclass(frozen=True, slots=True)
 class Moe:
     """Routed experts, and a shared expert behind a sigmoid gate if the model has one."""
 
+    norm: F32  # [H]
+    eps: float
     router: Matrix
-    shared: DenseMlp | None
+    shared: SwiGlu | None
     shared_gate: Matrix | None
     renormalise: bool
+    route: RouteStep
 
-    def forward(self, x: F32, h: F32, layer: int, step: Step) -> Generator[str, None, F32]:
-        """Compute x + experts(h), with a rest after each wave; rows that lost an expert go into ``batch.failures``.
+    def forward(self, x: F32, layer: int, step: Step) -> Generator[str, None, F32]:
+        """Compute x + experts(norm(x)), with a rest after each wave.
+
+        Rows that lost an expert go into ``batch.failures``.
 
         Raises:
             MoestreamError: the source lost a routed pair without reporting a failure.
         """
         ops, k = step.ops, step.active
-        gates = [self.router] if self.shared_gate is None else [self.router, self.shared_gate]
-        logits, *shared_gate = ops.linear(h, gates)
-        ids, weights = self._route(logits, layer, step)
+        h, ids, weights, gate = self.route(x, k) if step.router_override is None else self._imposed(x, layer, step)
         stream = step.experts.stream(layer, ids)  # submits every read; the shared expert is computed meanwhile
         if step.look_ahead is not None:
             step.look_ahead(x, layer)
@@ -205,28 +241,43 @@ class Moe:
         for wave in stream:
             ops.experts(h, wave, k, out)
             done += len(wave.pairs)
-            yield "wave"
+            if not step.batch.decodes:
+                yield "wave"
         for pairs, error in stream.failures:
             out[pairs] = 0.0
             done += len(pairs)
             step.batch.failures.extend((int(row), error) for row in np.unique(np.asarray(pairs) // k))
         if done != ids.size:
             raise MoestreamError(f"layer {layer}: the expert store served {done} of {ids.size} routed pairs")
-        return ops.combine(x, out, weights, shared, shared_gate[0] if shared_gate else None)
+        return ops.combine(x, out, weights, shared, gate)
 
-    def _route(self, logits: F32, layer: int, step: Step) -> tuple[I32, F32]:
-        """Expert ids and weights [T, k]; imposed ids get the weights that the router's logits give them."""
-        if step.router_override is None:
-            return step.ops.route(logits, step.active, self.renormalise)
+    def _imposed(self, x: F32, layer: int, step: Step) -> tuple[F32, I32, F32, F32 | None]:
+        """As ``route``, with imposed ids, which get the weights that the router's logits give them."""
+        assert step.router_override is not None
+        gates = [self.router] if self.shared_gate is None else [self.router, self.shared_gate]
+        h, (logits, *rest) = step.ops.normed_linear(x, self.norm, self.eps, gates)
+        gate = rest[0] if rest else None
         imposed = step.router_override(layer, len(logits))
         if self.renormalise and len(logits) == 1:  # decoding: kept short
             order, weights = step.ops.route(logits[0][imposed], step.active, True)
-            return imposed[0][order], weights
+            return h, imposed[0][order], weights, gate
         chosen = logits[np.arange(len(logits))[:, None], imposed]  # [T, k]
         among = chosen if self.renormalise else logits
         top = among.max(axis=1, keepdims=True)
         weights = np.exp(chosen - top) / np.exp(among - top).sum(axis=1, keepdims=True)
-        return imposed, weights
+        return h, imposed, weights, gate
+
+
+def _cache(segment: Segment, layer: int) -> KVCache:
+    cache = segment.states.layers[layer]
+    assert isinstance(cache, KVCache)
+    return cache
+
+
+def _state(segment: Segment, layer: int) -> DeltaState:
+    state = segment.states.layers[layer]
+    assert isinstance(state, DeltaState)
+    return state
 
 
 def _joined(rows: list[F32]) -> F32:

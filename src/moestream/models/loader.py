@@ -9,7 +9,7 @@ import numpy as np
 from moestream.checkpoint.encoding import Extent
 from moestream.checkpoint.index import Checkpoint
 from moestream.checkpoint.safetensors import TensorEntry
-from moestream.models.blocks import Attention, DeltaNet, DenseMlp, ExpertSource, Mixer, Mlp, Moe
+from moestream.models.blocks import Attention, DeltaNet, DenseMlp, ExpertSource, Mixer, Mlp, Moe, SwiGlu
 from moestream.models.config import ModelConfig
 from moestream.models.model import Layer, Model, Weights
 from moestream.models.weights import BlockWeights, LayerWeights, WeightMap
@@ -46,7 +46,7 @@ def load_model(
     specs = list(weights.matrices())
     arrays = iter(read([extent for spec in specs for extent in spec.parts]))
     matrices = {spec.name: ops.matrix(spec.layout, [next(arrays) for _ in spec.parts]) for spec in specs}
-    build = _Builder(checkpoint, config, weights, matrices)
+    build = _Builder(checkpoint, config, weights, matrices, ops)
     embed = matrices[weights.embed.name]
     resident = Weights(
         embed=embed,
@@ -61,10 +61,11 @@ class _Builder:
     """Joins loaded matrices and small vectors into blocks."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap, matrices: dict[str, Matrix]
+        self, checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap, matrices: dict[str, Matrix], ops: Ops
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
+        self.ops = ops
         self.norm_offset = np.float32(weights.norm_offset)
         self.matrices = matrices
 
@@ -73,20 +74,21 @@ class _Builder:
         return self.checkpoint.read_array(entry) + self.norm_offset
 
     def layer(self, w: LayerWeights) -> Layer:
-        mixer = self.delta_net(w.mixer) if "conv" in w.mixer.vectors else self.attention(w.mixer)
-        mlp = self.moe(w.mlp) if "router" in w.mlp.matrices else self.dense(w.mlp)
-        return Layer(self.norm(w.mixer_norm), mixer, self.norm(w.mlp_norm), mlp)
+        mixer = self.delta_net if "conv" in w.mixer.vectors else self.attention
+        mlp = self.moe if "router" in w.mlp.matrices else self.dense
+        return Layer(mixer(self.norm(w.mixer_norm), w.mixer), mlp(self.norm(w.mlp_norm), w.mlp))
 
-    def attention(self, w: BlockWeights) -> Mixer:
+    def attention(self, norm: F32, w: BlockWeights) -> Mixer:
         a = self.config.attention
         norms = [self.norm(w.vectors[name]) for name in ("q_norm", "k_norm")]
         params = AttentionParams(a.heads, a.kv_heads, a.head_dim, a.rotary_dim, a.gated, self.config.eps, *norms)
-        return Attention(**self.fields(w), params=params)
+        fields = self.fields(w)
+        return Attention(norm, **fields, params=params, step=self.ops.attention_step(norm, **fields, p=params))
 
-    def delta_net(self, w: BlockWeights) -> Mixer:
+    def delta_net(self, norm: F32, w: BlockWeights) -> Mixer:
         d = self.config.delta_net
         assert d is not None  # the parser sets it where a layer uses it
-        conv, a_log, dt_bias, norm = (
+        conv, a_log, dt_bias, value_norm = (
             self.checkpoint.read_array(w.vectors[name]) for name in ("conv", "a_log", "dt_bias", "norm")
         )
         params = DeltaNetParams(
@@ -98,18 +100,21 @@ class _Builder:
             conv=np.ascontiguousarray(conv.reshape(d.channels, d.conv_width)),
             neg_exp_a=-np.exp(a_log),
             dt_bias=dt_bias,
-            norm=norm,
+            norm=value_norm,
         )
-        return DeltaNet(**self.fields(w), params=params)
+        fields = self.fields(w)
+        return DeltaNet(norm, **fields, params=params, step=self.ops.delta_net_step(norm, **fields, p=params))
 
-    def moe(self, w: BlockWeights) -> Mlp:
+    def moe(self, norm: F32, w: BlockWeights) -> Mlp:
         fields = self.fields(w)
         router, shared_gate = fields.pop("router"), fields.pop("shared_gate", None)
-        shared = DenseMlp(**fields) if fields else None
-        return Moe(router, shared, shared_gate, self.config.moe.renormalise)
+        shared = SwiGlu(**fields) if fields else None
+        eps, renormalise = self.config.eps, self.config.moe.renormalise
+        route = self.ops.route_step(norm, eps, router, shared_gate, renormalise)
+        return Moe(norm, eps, router, shared, shared_gate, renormalise, route)
 
-    def dense(self, w: BlockWeights) -> Mlp:
-        return DenseMlp(**self.fields(w))
+    def dense(self, norm: F32, w: BlockWeights) -> Mlp:
+        return DenseMlp(norm, self.config.eps, SwiGlu(**self.fields(w)))
 
     def fields(self, w: BlockWeights) -> dict[str, Matrix]:
         return {field: self.matrices[spec.name] for field, spec in w.matrices.items()}

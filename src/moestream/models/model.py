@@ -22,9 +22,7 @@ from moestream.ops.base import F32, I32, Matrix, Ops
 class Layer:
     """One decoder layer. Norm weights already hold 1 + w where the model stores w."""
 
-    mixer_norm: F32  # [H]
     mixer: Mixer
-    mlp_norm: F32  # [H]
     mlp: Mlp
 
 
@@ -137,12 +135,14 @@ class Model:
         look_ahead = self._look_ahead if self.read_ahead is not None and predictable else None
         step = Step(ops, self.experts, self.active_experts, self.router_override, batch, cos, sin, scratch, look_ahead)
         x = ops.embed(batch.ids, self._weights.embed)
+        rests = not batch.decodes
         for i, layer in enumerate(self._weights.layers):
-            if i:
+            if rests and i:
                 yield type(layer.mixer).__name__
-            x = x + (yield from layer.mixer.forward(ops.rms_norm(x, layer.mixer_norm, self.config.eps), i, step))
-            yield "mlp"
-            x = yield from layer.mlp.forward(x, ops.rms_norm(x, layer.mlp_norm, self.config.eps), i, step)
+            x = yield from layer.mixer.forward(x, i, step)
+            if rests:
+                yield "mlp"
+            x = yield from layer.mlp.forward(x, i, step)
             if self.observe is not None:
                 self.observe(i, x)
             if batch.on_layer is not None:
@@ -160,8 +160,7 @@ class Model:
         count = min(self.read_ahead.predictions(layer + 1, len(x)), self.active_experts)
         if count == 0:
             return
-        h = self.ops.rms_norm(x, following.mlp_norm, self.config.eps)
-        ids, _ = self.ops.route(self.ops.linear(h, [following.mlp.router])[0], count, False)
+        ids = following.mlp.route(x, count)[1]
         if self.predict_override is not None:
             ids = self.predict_override(layer + 1, len(x))[:, :count]
         self.read_ahead.prefetch(layer + 1, ids)
@@ -170,5 +169,4 @@ class Model:
         """Logits of some rows: [T, H] -> [N, V]."""
         if not len(rows):
             return np.empty((0, self.config.vocab_size), np.float32)
-        h = self.ops.rms_norm(x[rows], self._weights.norm, self.config.eps)
-        return self.ops.linear(h, [self._weights.head])[0]
+        return self.ops.normed_linear(x[rows], self._weights.norm, self.config.eps, [self._weights.head])[1][0]
