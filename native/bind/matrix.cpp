@@ -1,17 +1,20 @@
 // Encoded matrices: handles, products, and the probes that bench and doctor print as ceilings.
+#include "bind/matrix.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "bind/bind.h"
-#include "bind/matrix.h"
 #include "cpu/matrix/input.h"
 #include "cpu/matrix/probes.h"
 #include "cpu/matrix/products.h"
@@ -143,16 +146,20 @@ struct Experts {
             for (const int64_t size : part_bytes(m)) sizes.push_back(size);
     }
 
-    void run(Input& x, const ConstBytes& memory, const ConstOffsets& offsets, const ConstIds& starts,
-             const ConstIds& pairs, int64_t k, const FloatRows& out) {
-        const auto count = static_cast<int64_t>(offsets.shape(0));
-        check(x, memory, offsets, starts, pairs, k, out);
+    // Expert i lies at row offset_rows[i] of offsets, or at row i.
+    void run(Input& x, const ConstBytes& memory, const ConstOffsets& offsets,
+             const std::optional<ConstIds>& offset_rows, const ConstIds& starts, const ConstIds& pairs, int64_t k,
+             const FloatRows& out) {
+        const auto count = static_cast<int64_t>(offset_rows ? offset_rows->size() : offsets.shape(0));
+        const auto row_of = [&](int64_t e) { return offset_rows ? offset_rows->data()[e] : e; };
+        check(x, count, starts, pairs, k, out);
+        check_offsets(memory, offsets, count, row_of);
         rows.clear();
         for (size_t i = 0; i < pairs.size(); ++i) rows.push_back(pairs.data()[i] / static_cast<int32_t>(k));
         blocks.clear();
         for (int64_t e = 0; e < count; ++e) {
             Block block{};
-            const int64_t* at = offsets.data() + e * static_cast<int64_t>(sizes.size());
+            const int64_t* at = offsets.data() + row_of(e) * static_cast<int64_t>(sizes.size());
             MatrixView* views[3] = {&block.gate, &block.up, &block.down};
             for (int i = 0; i < 3; ++i) {
                 const bool affine = parts_of(layouts[i]) == 3;
@@ -170,25 +177,32 @@ struct Experts {
         gated_blocks(x, blocks.data(), static_cast<int>(blocks.size()), out.data(), static_cast<int64_t>(out.shape(1)));
     }
 
-    void check(const Input& x, const ConstBytes& memory, const ConstOffsets& offsets, const ConstIds& starts,
-               const ConstIds& pairs, int64_t k, const FloatRows& out) const {
+    void check(const Input& x, int64_t count, const ConstIds& starts, const ConstIds& pairs, int64_t k,
+               const FloatRows& out) const {
         expect_block(x, layouts[0], layouts[1], layouts[2]);
         if (k < 1) reject("k must be at least 1");
         expect_shape(out, x.rows() * k, layouts[2].rows, "out");
-        const auto count = static_cast<int64_t>(offsets.shape(0));
-        if (offsets.shape(1) != sizes.size()) reject("offsets must have one column per part of an expert");
         if (static_cast<int64_t>(starts.size()) != count + 1 || starts.data()[0] != 0 ||
             starts.data()[count] != static_cast<int64_t>(pairs.size()) ||
             !std::is_sorted(starts.data(), starts.data() + count + 1))
             reject("starts must rise from 0 to the number of pairs, one more than there are experts");
         for (size_t i = 0; i < pairs.size(); ++i)
             if (pairs.data()[i] < 0 || pairs.data()[i] >= x.rows() * k) reject("a pair is outside of the input");
-        for (int64_t e = 0; e < count; ++e)
+    }
+
+    template <class RowOf>
+    void check_offsets(const ConstBytes& memory, const ConstOffsets& offsets, int64_t count, RowOf&& row_of) const {
+        if (offsets.shape(1) != sizes.size()) reject("offsets must have one column per part of an expert");
+        for (int64_t e = 0; e < count; ++e) {
+            const int64_t row = row_of(e);
+            if (row < 0 || row >= static_cast<int64_t>(offsets.shape(0)))
+                reject("there is no expert " + std::to_string(row));
             for (size_t p = 0; p < sizes.size(); ++p) {
-                const int64_t at = offsets.data()[e * static_cast<int64_t>(sizes.size()) + static_cast<int64_t>(p)];
+                const int64_t at = offsets.data()[row * static_cast<int64_t>(sizes.size()) + static_cast<int64_t>(p)];
                 if (at < 0 || at + sizes[p] > static_cast<int64_t>(memory.size()))
                     reject("part " + std::to_string(p) + " of an expert lies outside of the memory");
             }
+        }
     }
 };
 
@@ -247,13 +261,14 @@ void bind_matrix(nb::module_& m) {
         .def(nb::init<const MatrixLayout&, const MatrixLayout&, const MatrixLayout&>(), nb::arg("gate"), nb::arg("up"),
              nb::arg("down"))
         .def("run", &Experts::run, nb::arg("x").noconvert(), nb::arg("memory").noconvert(),
-             nb::arg("offsets").noconvert(), nb::arg("starts").noconvert(), nb::arg("pairs").noconvert(), nb::arg("k"),
-             nb::arg("out").noconvert());
+             nb::arg("offsets").noconvert(), nb::arg("offset_rows").noconvert().none(), nb::arg("starts").noconvert(),
+             nb::arg("pairs").noconvert(), nb::arg("k"), nb::arg("out").noconvert());
     m.def("linear", &run_linear, nb::arg("x").noconvert(), nb::arg("matrices"), nb::arg("outs").noconvert());
     m.def("normed_linear", &run_normed_linear, nb::arg("x").noconvert(), nb::arg("rows").noconvert(),
           nb::arg("weight").noconvert(), nb::arg("eps"), nb::arg("exact"), nb::arg("normed").noconvert(),
           nb::arg("matrices"), nb::arg("outs").noconvert(),
-          "RMSNorm of `rows` [T, K] into `normed`, which becomes the input, and its products. The caller keeps it alive.");
+          "RMSNorm of `rows` [T, K] into `normed`, which becomes the input, and its products. The caller keeps it "
+          "alive.");
     m.def("linear_onto", &run_linear_onto, nb::arg("x").noconvert(), nb::arg("matrix"), nb::arg("onto").noconvert(),
           nb::arg("out").noconvert());
     m.def("swiglu", &run_swiglu, nb::arg("x").noconvert(), nb::arg("gate"), nb::arg("up"), nb::arg("down"),

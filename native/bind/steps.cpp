@@ -43,7 +43,8 @@ struct Attention {
     }
 
     void run(const In& x, const In& cos, const In& sin, const std::vector<OutAny>& cache_k,
-             const std::vector<OutAny>& cache_v, const std::vector<int64_t>& lengths, bool exact, const Out& out) const {
+             const std::vector<OutAny>& cache_v, const std::vector<int64_t>& lengths, bool exact,
+             const Out& out) const {
         const int64_t rows = rows_of(x, "x"), half = constants.rotary_dim / 2;
         expect(x, "x", {rows, step.o.layout.rows});
         expect(cos, "cos", {rows, half});

@@ -166,7 +166,7 @@ def test_a_shape_that_blocks_do_not_divide_is_refused(tmp_path) -> None:
 
 
 def test_guesses_at_a_trace_come_true_at_the_recall() -> None:
-    router = PeerRouter(experts=128, k=8, hidden=512)
+    router = PeerRouter(num_experts=128, k=8, hidden=512)
     trace = router.trace(0, 3000)
     guessed = foreseen(trace, 0.7, seed=1)
     right = [len(set(row) & set(true)) / 8 for row, true in zip(guessed.tolist(), trace.tolist(), strict=True)]

@@ -33,8 +33,8 @@ def router(rng, rows, k):
 
 
 def check_bytes(disk, wave):
-    for expert, offsets in zip(wave.experts.tolist(), wave.offsets.tolist(), strict=True):
-        for part, (offset, nbytes) in enumerate(zip(offsets, wave.layout.part_nbytes, strict=True)):
+    for i, expert in enumerate(wave.experts.tolist()):
+        for part, (offset, nbytes) in enumerate(zip(wave.places(i), wave.layout.part_nbytes, strict=True)):
             expected = disk.truth(wave.layer, expert, part)
             assert wave.memory[offset : offset + nbytes].tobytes() == expected, (wave.layer, expert, part)
 

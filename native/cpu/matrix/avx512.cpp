@@ -19,8 +19,8 @@ using VB = __m512i;
 constexpr int kLanes = 16;
 constexpr int kVectorRows = 4;  // matrix rows a vector product with several activation rows works on at once
 constexpr int kTileRows = 8;    // activation rows a tile product works on at once
-// Matrix rows an affine vector product works on at once. One after another, memory is read as one stream; together, rows
-// share what is loaded of the activations, which pays where codes cost more to unpack than to read.
+// Matrix rows an affine vector product works on at once. One after another, memory is read as one stream; together,
+// rows share what is loaded of the activations, which pays where codes cost more to unpack than to read.
 constexpr int affine_together(int bits) { return bits >= 4 ? 1 : kVectorRows; }
 
 inline __mmask16 first_lanes(int n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }

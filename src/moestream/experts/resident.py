@@ -35,9 +35,13 @@ def group_pairs(ids: I32, layer: int, plan: LayerPlan) -> tuple[I32, I32, I32]:
         edges = np.flatnonzero(grouped[1:] != grouped[:-1]) + 1
         starts = np.array([0, *edges.tolist(), grouped.size] if grouped.size else [0], np.int32)
         experts = grouped[starts[:-1]]
+    _check(layer, plan, lowest, highest)
+    return experts, starts, pairs
+
+
+def _check(layer: int, plan: LayerPlan, lowest: int, highest: int) -> None:
     if not 0 <= lowest <= highest < plan.num_experts:
         raise ValueError(f"layer {layer}: expert ids must lie in 0..{plan.num_experts - 1}")
-    return experts, starts, pairs
 
 
 def uses(starts: I32, rows: int) -> list[int]:
@@ -76,24 +80,31 @@ class ResidentStream:
 class Residents:
     """Where the experts of a model lie that fits into the arena, from where nothing is ever evicted.
 
-    One fancy index finds a layer's experts; pinning and releasing them costs as long as reading 1 MB of weights.
+    Pinning and releasing them would cost as long as reading 1 MB of weights, and so would checking each of them again
+    for every token.
     """
 
     def __init__(self, arena: Arena, plans: list[LayerPlan | None]) -> None:
         self._arena = arena
         self._plan_of = [plan for plan in plans if plan is not None for _ in range(plan.num_experts)]  # by key
-        parts = max((plan.part_offsets.shape[1] for plan in self._plan_of), default=0)
-        self._offsets = np.full((len(self._plan_of), parts), -1, np.int64)  # [K, P]; negative: not in memory
+        self._offsets = {  # by layer [E, P]; negative: not in memory
+            plan.layer: np.full(plan.part_offsets.shape, -1, np.int64) for plan in plans if plan is not None
+        }
+        self._missing = {plan.layer: plan.num_experts for plan in plans if plan is not None}
+        self._one_row: dict[int, tuple[I32, I32]] = {}  # starts and pairs of a single row, by k
 
     def landed(self, key: int, slot: int) -> None:
         """An expert's bytes are in a slot, to stay."""
         plan = self._plan_of[key]
-        offsets = plan.part_offsets[key - plan.first_key] + slot * self._arena.slot_nbytes
-        self._offsets[key, : len(offsets)] = offsets
+        offsets = self._offsets[plan.layer][key - plan.first_key]
+        self._missing[plan.layer] -= 1 if offsets[0] < 0 else 0
+        offsets[:] = plan.part_offsets[key - plan.first_key] + slot * self._arena.slot_nbytes
 
     def clear(self) -> None:
         """Nothing is in memory any more."""
-        self._offsets.fill(-1)
+        for layer, offsets in self._offsets.items():
+            offsets.fill(-1)
+            self._missing[layer] = len(offsets)
 
     def wave(self, layer: int, plan: LayerPlan, ids: I32) -> Wave | None:
         """What ids [T, k] need of a layer, or None if some of it has not landed.
@@ -101,8 +112,20 @@ class Residents:
         Raises:
             ValueError: an id is out of range.
         """
+        offsets, memory = self._offsets[layer], self._arena.memory
+        if len(ids) == 1 and not self._missing[layer]:  # decoding: kept short
+            experts, chosen = ids[0], ids[0].tolist()
+            _check(layer, plan, min(chosen), max(chosen))
+            starts, pairs = self._row(len(chosen))
+            return Wave(layer, plan.layout, experts, memory, offsets, starts, pairs, experts)
         experts, starts, pairs = group_pairs(ids, layer, plan)
-        offsets = self._offsets[experts + plan.first_key, : plan.part_offsets.shape[1]]  # [n, P]
-        if offsets.size and offsets.min() < 0:
+        if self._missing[layer] and (offsets[experts, 0] < 0).any():
             return None
-        return Wave(layer, plan.layout, experts, self._arena.memory, offsets, starts, pairs)
+        return Wave(layer, plan.layout, experts, memory, offsets, starts, pairs, experts)
+
+    def _row(self, k: int) -> tuple[I32, I32]:
+        found = self._one_row.get(k)
+        if found is None:
+            starts = np.arange(k + 1, dtype=np.int32)
+            found = self._one_row[k] = starts, starts[:-1]
+        return found

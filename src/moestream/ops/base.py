@@ -32,17 +32,23 @@ class Wave:
     """Experts whose bytes are in memory, with the routed pairs that use them.
 
     A *pair* is one (row, choice) of the router, numbered ``row * k + choice``. Expert ``experts[i]`` serves
-    ``pairs[starts[i]:starts[i + 1]]``, in increasing order. Part p of it lies at ``memory[offsets[i, p]:]``
-    (any alignment). The memory stays valid until the next wave is asked for.
+    ``pairs[starts[i]:starts[i + 1]]``, in increasing order. Part p of it lies at ``memory[offsets[r, p]:]``
+    (any alignment), where r is ``rows[i]``, or i without rows. The memory stays valid until the next wave is asked for.
     """
 
     layer: int
     layout: ExpertLayout
     experts: I32  # [n]
     memory: U8  # the arena
-    offsets: I64  # [n, P]
+    offsets: I64  # [n, P], or with rows any number of them
     starts: I32  # [n + 1]
     pairs: I32  # [sum]
+    rows: I32 | None = None  # [n]
+
+    def places(self, i: int) -> list[int]:
+        """Where in the memory the parts of ``experts[i]`` begin [P]."""
+        places: list[int] = self.offsets[i if self.rows is None else self.rows[i]].tolist()
+        return places
 
 
 @dataclass(frozen=True, slots=True)

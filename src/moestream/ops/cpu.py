@@ -111,7 +111,7 @@ class CpuOps(SequenceOps, NativeSteps):
             known = (wave.layout, _native.Experts(*(_native_layout(m) for m in wave.layout.matrices)))
             self._experts[wave.layer] = known
         self._bind(x, wave.layer)
-        known[1].run(self._input, wave.memory, wave.offsets, wave.starts, wave.pairs, k, out)
+        known[1].run(self._input, wave.memory, wave.offsets, wave.rows, wave.starts, wave.pairs, k, out)
 
     def _bind(self, x: F32, layer: int = -1) -> None:
         """Make ``x`` the input, rounding it again unless it is the array of this layer's last wave."""

@@ -99,7 +99,7 @@ class ReferenceOps(ComposedSteps):
         sizes = wave.layout.part_nbytes
         for i in range(len(wave.experts)):
             pairs = wave.pairs[wave.starts[i] : wave.starts[i + 1]]
-            parts = iter([wave.memory[o : o + n] for o, n in zip(wave.offsets[i].tolist(), sizes, strict=True)])
+            parts = iter([wave.memory[o : o + n] for o, n in zip(wave.places(i), sizes, strict=True)])
             gate, up, down = (decode(m, [next(parts) for _ in m.part_nbytes]) for m in wave.layout.matrices)
             out[pairs] = _swiglu(x[pairs // k], gate, up, down)
 
