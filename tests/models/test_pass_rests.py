@@ -90,7 +90,6 @@ def rest_everywhere(model: Model, batch: Batch, meanwhile: Callable[[], None]) -
             logits: F32 = end.value
             return logits, names
         assert pieces.send(True) == names[-1]
-        assert np.geterr()["invalid"] == "warn"  # the pass ignores what overflows, others must not
         meanwhile()
 
 
