@@ -306,7 +306,8 @@ class Engine:
             self.on_pass(work)
         before = self._counters()
         self._half_way = True  # stays so when it raises, and when a second Ctrl-C ends the recovery
-        logits = self._pace.run(work)
+        with np.errstate(all="ignore"):  # NaN and Inf are looked for in the logits
+            logits = self._pace.run(work)
         self._half_way = False
         work.io += self._counters() - before
         self._decode_next = work.pausable

@@ -171,7 +171,7 @@ class LFRU:
                 new[key] = 0
                 self._kept += 1
             pinned[key] -= 1
-            if not (pinned[key] or in_heap[key]):
+            if not in_heap[key]:
                 in_heap[key] = 1
                 layer, score = layer_of[key], self._score[key]
                 heappush(self._heaps[layer], (score, key))

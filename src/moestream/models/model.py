@@ -88,24 +88,24 @@ class Model:
         spread within their sequence only, and are the caller's to find in the logits.
         """
         pieces = self.layers(batch)
-        while True:
-            try:
-                next(pieces)
-            except StopIteration as end:
-                logits: F32 = end.value
-                return logits
+        with np.errstate(all="ignore"):
+            while True:
+                try:
+                    next(pieces)
+                except StopIteration as end:
+                    logits: F32 = end.value
+                    return logits
 
     def layers(self, batch: Batch) -> Generator[str, bool | None, F32]:
         """The same piece by piece; yields the name of the next piece. Those of a name take about as long.
 
         ``send(True)`` puts the pass to rest, and yields the name again: batches of other sequences may run until
-        ``next`` goes on or ``close`` ends it.
+        ``next`` goes on or ``close`` ends it. What numpy has to say of non-finite values is the caller's to silence.
         """
         pieces = self._pieces(batch)
         while True:
             try:
-                with np.errstate(all="ignore"):
-                    upcoming = next(pieces)
+                upcoming = next(pieces)
             except StopIteration as end:
                 logits: F32 = end.value
                 return logits
