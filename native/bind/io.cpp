@@ -65,6 +65,7 @@ void bind_io(nb::module_& m) {
         .def("attach", &Reader::attach, "address"_a, "nbytes"_a)
         .def("detach", &Reader::detach, "address"_a)
         .def("submit", &submit, "ranges"_a, "prefetch"_a)
+        .def("limit_prefetch", &Reader::limit_prefetch, "reads"_a)
         .def("wait", &wait, "min_count"_a, "timeout"_a)
         .def("promote", &Reader::promote, "tickets"_a)
         .def("cancel", &Reader::cancel, "tickets"_a, NoGil())

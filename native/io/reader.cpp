@@ -12,9 +12,6 @@ namespace {
 // Larger ranges are spread over threads so that one expert lands sooner; smaller pieces cost more calls.
 constexpr int64_t kPiece = int64_t{2} << 20;
 
-// Prefetch reads under way at a time. Three pieces keep a disk busy, and a demand read waits for no more than them.
-constexpr int kPrefetching = 3;
-
 }  // namespace
 
 Reader::Reader(int threads) {
@@ -112,13 +109,23 @@ void Reader::submit(const Range* ranges, int64_t count, bool prefetch) {
             asked += ranges[i].nbytes;
         }
         pieces = queue.size() - queued;
-        if (prefetch) pieces = std::min<size_t>(pieces, kPrefetching);
+        if (prefetch) pieces = std::min(pieces, static_cast<size_t>(most_prefetching_));
     }
     {
         std::lock_guard lock(disk_mutex_);
         counters_.bytes_asked += asked;
     }
     for (size_t i = 0; i < std::min(pieces, threads_.size()); ++i) work_ready_.notify_one();
+}
+
+void Reader::limit_prefetch(int reads) {
+    if (reads < 1) throw std::invalid_argument("at least one prefetch read must be allowed");
+    {
+        std::lock_guard lock(mutex_);
+        if (reads == most_prefetching_) return;
+        most_prefetching_ = reads;
+    }
+    work_ready_.notify_all();
 }
 
 Completions Reader::wait(int64_t min_count, double timeout) {
@@ -210,7 +217,7 @@ void Reader::work() {
         {
             std::unique_lock lock(mutex_);
             work_ready_.wait(lock, [this] {
-                return closed_ || !demand_.empty() || (!prefetch_.empty() && prefetching_ < kPrefetching);
+                return closed_ || !demand_.empty() || (!prefetch_.empty() && prefetching_ < most_prefetching_);
             });
             if (closed_) return;
             ahead = demand_.empty();

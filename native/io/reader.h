@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -64,8 +65,10 @@ public:
     void detach(int64_t address);
 
     // Queues all rows, or throws std::invalid_argument naming the bad row and queues none. Demand reads are
-    // always taken before prefetch reads, of which few run at a time; each queue is first in, first out.
+    // always taken before prefetch reads; each queue is first in, first out.
     void submit(const Range* ranges, int64_t count, bool prefetch);
+    // From now on no more than so many prefetch reads run at a time; a demand read waits for no more than them.
+    void limit_prefetch(int reads);
     // Returns tickets finished since the last call: waits for at least `min_count` of them, or for all
     // outstanding ones if they are fewer, but no longer than `timeout` seconds.
     Completions wait(int64_t min_count, double timeout);
@@ -124,6 +127,7 @@ private:
     std::deque<Job> demand_;
     std::deque<Job> prefetch_;
     int prefetching_ = 0;  // threads with a read of that queue
+    int most_prefetching_ = std::numeric_limits<int>::max();
     Tickets tickets_;
     Completions completions_;
     int64_t awaited_ = 0;  // what wait() still wants; it is woken once, not per ticket

@@ -150,6 +150,9 @@ class FaultyReader:
     def detach(self, memory):
         self.inner.detach(memory)
 
+    def limit_prefetch(self, reads):
+        self.inner.limit_prefetch(reads)
+
     def promote(self, tickets):
         self.inner.promote(tickets)
 

@@ -242,6 +242,27 @@ def test_demand_reads_go_before_prefetch_and_prefetch_can_be_cancelled(tmp_path)
     reader.close()
 
 
+@pytest.mark.parametrize("make", [NativeReader, PythonReader])
+def test_prefetch_reads_keep_their_limit(tmp_path, make):
+    reader = make(4)
+    fd = reader.open(sparse(tmp_path, 1 << 20), True)
+    memory = allocate(area_nbytes(1 << 20))
+    reader.attach(memory)
+    batch = np.repeat(place(fd, [(0, 1 << 20)], memory), 400, axis=0)
+    batch[::2, NBYTES] = 4096  # short ones overtake long ones where more than one runs at a time
+
+    def order(first):
+        batch[:, TICKET] = np.arange(first, first + 400)
+        reader.submit(batch, prefetch=True)
+        return collect(reader, 400)[0]
+
+    reader.limit_prefetch(1)
+    assert order(0) == list(range(400))
+    reader.limit_prefetch(4)
+    assert order(400) != list(range(400, 800))
+    reader.close()
+
+
 def test_closing_drops_what_is_queued(tmp_path, reader):
     fd = reader.open(sparse(tmp_path, 1 << 20), False)
     memory = allocate(area_nbytes(1 << 20))

@@ -70,6 +70,10 @@ class NativeReader:
         """See ``Reader``."""
         self._reader.submit(ranges, prefetch)
 
+    def limit_prefetch(self, reads: int) -> None:
+        """See ``Reader``."""
+        self._reader.limit_prefetch(reads)
+
     def wait(self, min_count: int, timeout: float) -> tuple[list[int], list[ReadFailure]]:
         """See ``Reader``."""
         done, failed = self._reader.wait(min_count, timeout)

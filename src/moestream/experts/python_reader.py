@@ -37,6 +37,7 @@ class PythonReader:
         self._failed: list[ReadFailure] = []
         self._condition = threading.Condition()
         self._closed = False
+        self._prefetching, self._most_prefetching = 0, threads
         self._in_flight = 0
         self._busy_since = 0.0
         self._asked = self._disk = self._reads = self._errors = 0
@@ -91,6 +92,12 @@ class PythonReader:
                 self._tickets.setdefault(row[TICKET], _Ticket()).remaining += 1
                 self._asked += row[NBYTES]
             (self._prefetch if prefetch else self._demand).extend(rows)
+            self._condition.notify_all()
+
+    def limit_prefetch(self, reads: int) -> None:
+        """See ``Reader``."""
+        with self._condition:
+            self._most_prefetching = reads
             self._condition.notify_all()
 
     def _check(self, i: int, row: Sequence[int]) -> None:
@@ -165,10 +172,12 @@ class PythonReader:
     def _work(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._closed or self._demand or self._prefetch)
+                self._condition.wait_for(lambda: self._closed or self._demand or self._may_prefetch())
                 if self._closed:
                     return
+                ahead = not self._demand
                 row = (self._demand or self._prefetch).popleft()
+                self._prefetching += ahead
                 if self._in_flight == 0:
                     self._busy_since = time.perf_counter()
                 self._in_flight += 1
@@ -178,9 +187,13 @@ class PythonReader:
                 self._disk += got
                 self._reads += 1
                 self._in_flight -= 1
+                self._prefetching -= ahead
                 if self._in_flight == 0:
                     self._busy += time.perf_counter() - self._busy_since
                 self._finish(row, failure)
+
+    def _may_prefetch(self) -> bool:
+        return bool(self._prefetch) and self._prefetching < self._most_prefetching
 
     def _read(self, row: Sequence[int], target: U8) -> tuple[int, ReadFailure | None]:
         file, offset, nbytes, _, ticket = row

@@ -94,6 +94,9 @@ class Reader(Protocol):
             ValueError: a row is not a readable range of attached memory; nothing was queued.
         """
 
+    def limit_prefetch(self, reads: int) -> None:
+        """Let no more than so many prefetch reads run at a time: a demand read has to wait for them."""
+
     def wait(self, min_count: int, timeout: float) -> tuple[list[int], list[ReadFailure]]:
         """Return tickets finished since the last call.
 

@@ -29,6 +29,10 @@ from moestream.ops.base import I32
 
 READ_AHEAD = 3
 """Missing experts read ahead for each row of a decode step: later guesses are wrong too often for the time there is."""
+READS_AHEAD = 3
+"""Pieces of them under way at a time: enough to keep a disk busy, and a read that is waited for waits for no more."""
+SWEEP_READS = 1000
+"""In a sweep alone nothing goes before anything: as many as the reader has threads."""
 _POLL_SECONDS = 0.5  # a longer wait would delay Ctrl-C
 
 
@@ -165,16 +169,21 @@ class ExpertStore:
             if 0 < turn.rows < SWEEP_ROWS and not turn.dry:
                 self.governor.step_ended(turn.ended - turn.began)
             turn.rows, turn.began, turn.needed_before = rows, time.perf_counter(), self._needed
-            self._set_reserve()
+            self._make_way()
         turn.layer = layer
 
-    def _set_reserve(self) -> None:
-        """Keep free what the step needs, besides the slots of what the pass at rest has not used yet."""
+    def _make_way(self) -> None:
+        """Keep free what the step needs, besides what the pass at rest has not used yet, and give its reads way."""
         reserve = self._reserve(self._turn.rows)
         if reserve and self._rested is not None:  # where all experts fit, none may be evicted
             reserve = min(self.arena.slots, reserve + self.policy.unused())
         self.policy.reserve = reserve
         self.policy.release(())
+        self.reader.limit_prefetch(SWEEP_READS if self._sweeps() else READS_AHEAD)
+
+    def _sweeps(self) -> bool:
+        """Whether this turn's reads go after all others; not while one at rest waits for this one."""
+        return self._turn.rows >= SWEEP_ROWS and self._rested is None
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -216,7 +225,7 @@ class ExpertStore:
             self._turn.stream.close()
         self._drop_guesses(self._turn)
         self._turn, self._rested = turn, None
-        self._set_reserve()
+        self._make_way()
         self._stream_began = time.perf_counter()
         if turn.stream is not None:
             turn.stream.resume()
@@ -375,8 +384,8 @@ class ExpertStore:
         slot_of = self.policy.slot_of
         plan = self._plans[self._layer_of_key[keys[0]]]
         assert plan is not None  # keys exist only for layers with experts
-        sweeps = self._turn.rows >= SWEEP_ROWS and self._rested is None  # whoever runs while it rests goes first
-        self._flight.submit(keys, plan.ranges(keys, [slot_of[key] for key in keys], self.arena), ahead, ahead or sweeps)
+        ranges = plan.ranges(keys, [slot_of[key] for key in keys], self.arena)
+        self._flight.submit(keys, ranges, ahead, ahead or self._sweeps())
 
     def wait(self, timeout: float = _POLL_SECONDS) -> bool:
         """Wait for a read to end and sort what came; False if nothing did."""
