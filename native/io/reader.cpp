@@ -226,7 +226,7 @@ void Reader::work() {
             queue.pop_front();
             prefetching_ += ahead ? 1 : 0;
         }
-        const ReadStatus status = perform(job);
+        finish(job, perform(job));
         if (ahead) {
             {
                 std::lock_guard lock(mutex_);
@@ -234,7 +234,6 @@ void Reader::work() {
             }
             work_ready_.notify_one();  // this thread may take a demand read
         }
-        finish(job, status);
     }
 }
 
