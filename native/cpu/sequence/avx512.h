@@ -40,7 +40,7 @@ inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 
 // Lane i of the result is the sum of rows[i].
-inline Vec sums(const Vec* rows) {
+[[gnu::always_inline]] inline Vec sums(const Vec* rows) {
     __m512 quads[4];
     for (int i = 0; i < 4; ++i) {
         const __m512 a = rows[4 * i], b = rows[4 * i + 1], c = rows[4 * i + 2], d = rows[4 * i + 3];

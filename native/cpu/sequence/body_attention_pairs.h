@@ -1,5 +1,5 @@
-// Attention of many rows over a float16 cache with dot products of bfloat16 pairs; accumulators, softmax and its sums
-// stay float32. The tier provides pairs_of, adjacent_pairs and dot_pairs; a pair is one float-sized lane.
+// Attention over a float16 cache with dot products of bfloat16 pairs; accumulators, softmax and its sums stay float32.
+// A pair is one float-sized lane; the tier provides what makes pairs, and dot_pairs.
 #pragma once
 #include "cpu/sequence/body_attention.h"
 
@@ -40,11 +40,11 @@ inline Vec part_of(const T* row, int64_t i, int64_t n) {
     return i < n ? load_row(row, i, n) : zero();
 }
 
-// A row of n as pairs of neighbours, padded with zeros to `wide`.
-template <class T>
-inline void pair_row(const T* row, int64_t n, int64_t wide, float* pairs) {
+// A row of n, times `scale`, as pairs of neighbours, padded with zeros to `wide`.
+inline void pair_row(const float* row, int64_t n, int64_t wide, float* pairs, float scale = 1) {
+    const Vec factor = broadcast(scale);
     for (int64_t i = 0; i < wide; i += 2 * kLanes)
-        store(pairs + i / 2, adjacent_pairs(part_of(row, i, n), part_of(row, i + kLanes, n)));
+        store(pairs + i / 2, adjacent_pairs(part_of(row, i, n) * factor, part_of(row, i + kLanes, n) * factor));
 }
 
 // Keys [count, dim] transposed: panels [kKeyBlock / kStrip][wide / 2][kStrip] of pairs along the head.
@@ -74,9 +74,126 @@ inline void pair_values(const Half* values, int64_t count, int64_t dim, int64_t 
     }
 }
 
+constexpr int64_t kFewKeys = 256;     // keys of a block beside few rows: longer ones cost less to begin
+constexpr int64_t kKeysAhead = 4096;  // bytes of keys asked for before they are needed
+
+// As score_rows(), of queries given as pairs; the head is a multiple of a vector of pairs.
+template <int Rows>
+inline void score_pairs(const float* q, int64_t ldq, const Half* keys, int64_t count, int64_t dim, float* scores,
+                        Ahead& ahead) {
+    constexpr int Keys = kDots / Rows;
+    for (int64_t l = 0; l < count; l += Keys) {
+        ahead.step();
+        const char* later = reinterpret_cast<const char*>(keys + l * dim) + kKeysAhead;
+        for (int64_t i = 0; i < Keys * dim * static_cast<int64_t>(sizeof(Half)); i += 64)
+            __builtin_prefetch(later + i, 0, 3);
+        const uint16_t* key[Keys];
+        for (int j = 0; j < Keys; ++j) key[j] = &keys[least(l + j, count - 1) * dim].bits;
+        Vec acc[kDots];
+        for (int i = 0; i < kDots; ++i) acc[i] = zero();
+        for (int64_t d = 0; d < dim; d += 2 * kLanes) {
+            Vec k[Keys];
+            for (int j = 0; j < Keys; ++j) k[j] = pairs_of_halves(key[j] + d);
+            for (int m = 0; m < Rows; ++m) {
+                const Vec x = load(q + m * ldq + d / 2);
+                for (int j = 0; j < Keys; ++j) acc[m * Keys + j] = dot_pairs(acc[m * Keys + j], x, k[j]);
+            }
+        }
+        float dots[kDots];
+        store(dots, sums(acc));
+        for (int m = 0; m < Rows; ++m) std::memcpy(scores + m * kFewKeys + l, dots + m * Keys, Keys * sizeof(float));
+    }
+}
+
+template <int Rows>
+inline void score_all_pairs(int64_t rows, const float* q, int64_t ldq, const Half* keys, int64_t count, int64_t dim,
+                            float* scores, Ahead& ahead) {
+    for (; rows >= Rows; rows -= Rows, q += Rows * ldq, scores += Rows * kFewKeys)
+        score_pairs<Rows>(q, ldq, keys, count, dim, scores, ahead);
+    if constexpr (Rows > 1) score_all_pairs<Rows / 2>(rows, q, ldq, keys, count, dim, scores, ahead);
+}
+
+// Two vectors of columns of O [Rows] = diag(alpha) O + P V, in the order of zip_low and zip_high; weights are pairs.
+template <int Rows>
+inline void weigh_pairs(const float* weights, const Half* values, int64_t count, int64_t dim, float* out, int64_t ldo,
+                        const float* alpha, Ahead& ahead) {
+    Vec low[Rows], high[Rows];
+    for (int m = 0; m < Rows; ++m) {
+        low[m] = load(out + m * ldo) * broadcast(alpha[m]);
+        high[m] = load(out + m * ldo + kLanes) * broadcast(alpha[m]);
+    }
+    for (int64_t l = 0; l < count; l += 2) {
+        ahead.step();
+        const Half* row = values + l * dim;
+        const Vec even = pairs_of_halves(&row->bits);
+        const Vec odd = pairs_of_halves(l + 1 < count ? &row[dim].bits : &row->bits);  // past the end: its weight is 0
+        const Vec left = zip_low(even, odd), right = zip_high(even, odd);
+        for (int m = 0; m < Rows; ++m) {
+            const Vec x = broadcast(weights[m * (kFewKeys / 2) + l / 2]);
+            low[m] = dot_pairs(low[m], x, left);
+            high[m] = dot_pairs(high[m], x, right);
+        }
+    }
+    for (int m = 0; m < Rows; ++m) {
+        store(out + m * ldo, low[m]);
+        store(out + m * ldo + kLanes, high[m]);
+    }
+}
+
+template <int Rows>
+inline void weigh_all_pairs(int64_t rows, const float* weights, const Half* values, int64_t count, int64_t dim,
+                            float* out, int64_t ldo, const float* alpha, Ahead& ahead) {
+    for (; rows >= Rows; rows -= Rows, weights += Rows * (kFewKeys / 2), out += Rows * ldo, alpha += Rows)
+        for (int64_t d = 0; d < dim; d += 2 * kLanes)
+            weigh_pairs<Rows>(weights, values + d, count, dim, out + d, ldo, alpha, ahead);
+    if constexpr (Rows > 1) weigh_all_pairs<Rows / 2>(rows, weights, values, count, dim, out, ldo, alpha, ahead);
+}
+
+// Few rows, as in decoding: keys and values are read as they lie.
+void attention_few_pairs(const AttentionArgs& args, const AttentionUnit& unit, float* scratch, float* partial) {
+    const int64_t rows = unit.rows(), dim = args.head_dim, group = args.group();
+    const Half* keys = static_cast<const Half*>(args.cache_k) + unit.kv_head * args.capacity * dim;
+    const Half* values = static_cast<const Half*>(args.cache_v) + unit.kv_head * args.capacity * dim;
+    float* q = scratch;                             // [rows, dim / 2] pairs
+    float* out = q + kFewRows * dim;                // [rows, dim], columns as weigh_pairs() has them
+    float* scores = out + kFewRows * dim;           // [rows, kFewKeys]
+    float* weights = scores + kFewRows * kFewKeys;  // [rows, kFewKeys / 2] pairs
+    float* alpha = weights + kFewRows * kFewKeys;   // [rows]
+    float* high = partial + rows * dim;             // [rows]
+    float* total = high + rows;                     // [rows]
+
+    std::memset(out, 0, rows * dim * sizeof(float));
+    for (int64_t r = 0; r < rows; ++r) {
+        pair_row(row_of(args, unit.kv_head, unit.row0 + r), dim, dim, q + r * (dim / 2), kHalfShift);
+        high[r] = -1e30f;  // finite, so that a row that sees none of these keys has alpha 1 and no NaN
+        total[r] = 0;
+    }
+    const int64_t end = least(unit.key1, args.past + (unit.row1 - 1) / group + 1);
+    for (int64_t first = unit.key0; first < end; first += kFewKeys) {
+        const int64_t count = least(kFewKeys, end - first), following = least(kFewKeys, end - first - count);
+        const Half *block = keys + first * dim, *value_block = values + first * dim;
+        Ahead ahead_of_values(value_block, count * dim, rows * count / kDots + 1);
+        score_all_pairs<8>(rows, q, dim / 2, block, count, dim, scores, ahead_of_values);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t visible = least(args.past + (unit.row0 + r) / group + 1 - first, count);
+            float* row = scores + r * kFewKeys;
+            alpha[r] = soften(row, visible < 0 ? 0 : visible, count, high[r], total[r]);
+            pair_row(row, round_up(count, kLanes), kFewKeys, weights + r * (kFewKeys / 2), kHalfShift);
+        }
+        Ahead ahead(block + count * dim, following * dim, (rows + 7) / 8 * (dim / (2 * kLanes)) * (count / 2) + 1);
+        weigh_all_pairs<8>(rows, weights, value_block, count, dim, out, dim, alpha, ahead);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = 0; d < dim; d += 2 * kLanes)
+            store_unzipped(partial + r * dim + d, load(out + r * dim + d), load(out + r * dim + d + kLanes));
+}
+
 void attention_partial_pairs(const AttentionArgs& args, const AttentionUnit& unit, float* scratch, float* partial) {
     const int64_t rows = unit.rows(), dim = args.head_dim, wide = padded(dim), group = args.group();
-    if (!args.half || rows <= kFewRows) return attention_partial(args, unit, scratch, partial);
+    if (!args.half) return attention_partial(args, unit, scratch, partial);
+    if (rows <= kFewRows)
+        return dim % (2 * kLanes) ? attention_partial(args, unit, scratch, partial)
+                                  : attention_few_pairs(args, unit, scratch, partial);
     const Half* keys = static_cast<const Half*>(args.cache_k) + unit.kv_head * args.capacity * dim;
     const Half* values = static_cast<const Half*>(args.cache_v) + unit.kv_head * args.capacity * dim;
     float* q = scratch;                             // [rows, wide / 2] pairs

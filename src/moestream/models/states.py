@@ -15,6 +15,7 @@ from moestream.ops.base import DeltaState, KVCache
 
 FIRST_CAPACITY = 64  # tokens
 FLOAT32_BYTES = 4
+LINE = 64  # bytes; vector loads that cross one cost twice
 
 
 class SequenceStates:
@@ -98,7 +99,11 @@ def copy_of(state: DeltaState) -> DeltaState:
 
 
 def _grown(old: npt.NDArray[np.floating], length: int, capacity: int) -> npt.NDArray[np.floating]:
-    new = np.zeros((old.shape[0], capacity, old.shape[2]), old.dtype)  # [Hkv, capacity, D]
+    shape = old.shape[0], capacity, old.shape[2]  # [Hkv, capacity, D]
+    nbytes = int(np.prod(shape)) * old.itemsize
+    memory = np.zeros(nbytes + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    new = memory[start : start + nbytes].view(old.dtype).reshape(shape)
     new[:, :length] = old[:, :length]
     return new
 
