@@ -261,7 +261,8 @@ def test_prefetch_reads_keep_their_limit(tmp_path, make):
     reader.limit_prefetch(1)
     assert order(0) == list(range(400))
     reader.limit_prefetch(4)
-    assert order(400) != list(range(400, 800))
+    # where holes are read in no time, one thread may do it all before another is awake
+    assert any(order(first) != list(range(first, first + 400)) for first in range(400, 80_000, 400))
     reader.close()
 
 
