@@ -124,7 +124,7 @@ void use_cache(const OutAny& cache_k, const OutAny& cache_v, int64_t length, Att
     require(type == cache_v.dtype() && type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) &&
                 (type.bits == 16 || type.bits == 32),
             "cache.k and cache.v must both be float32 or both float16");
-    if (length < 0 || length + args.tokens > args.capacity)
+    if (length < 0 || length > args.capacity - args.tokens)
         fail("the cache holds " + std::to_string(length) + " of " + std::to_string(args.capacity) +
              " tokens, no room for " + std::to_string(args.tokens) + " more");
     args.cache_k = cache_k.data();

@@ -115,6 +115,10 @@ void Reader::submit(const Range* ranges, int64_t count, bool prefetch) {
         std::lock_guard lock(disk_mutex_);
         counters_.bytes_asked += asked;
     }
+    wake(pieces);
+}
+
+void Reader::wake(size_t pieces) {
     for (size_t i = 0; i < std::min(pieces, threads_.size()); ++i) work_ready_.notify_one();
 }
 
@@ -156,9 +160,14 @@ std::deque<Reader::Job> Reader::take_prefetch(std::vector<int64_t> tickets) {
 }
 
 void Reader::promote(std::vector<int64_t> tickets) {
-    std::lock_guard lock(mutex_);
-    const std::deque<Job> jobs = take_prefetch(std::move(tickets));
-    demand_.insert(demand_.begin(), jobs.begin(), jobs.end());
+    size_t pieces = 0;
+    {
+        std::lock_guard lock(mutex_);
+        const std::deque<Job> jobs = take_prefetch(std::move(tickets));
+        demand_.insert(demand_.begin(), jobs.begin(), jobs.end());
+        pieces = jobs.size();
+    }
+    wake(pieces);  // the limit of prefetch reads may have kept threads from them
 }
 
 void Reader::cancel(std::vector<int64_t> tickets) {

@@ -112,6 +112,7 @@ private:
     void enqueue(const Range& range, std::deque<Job>& queue);
     std::deque<Job> take_prefetch(std::vector<int64_t> tickets);
     void drop(const std::deque<Job>& jobs);
+    void wake(size_t pieces);
     void work();
     ReadStatus perform(const Job& job);
     void finish(const Job& job, const ReadStatus& status);

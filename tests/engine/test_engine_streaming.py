@@ -156,6 +156,35 @@ def interrupt(engine, rng):
         store.reader.submit = submit
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_interrupt_just_when_a_sweep_rests_leaves_nothing_at_rest(tiny, fast_ops, disk, monkeypatch, earlier):
+    """Nor when it was about to go on; even where somebody keeps the exception, and by that the pass, alive."""
+    engine, store = make(tiny, fast_ops, disk, 8, prefill_chunk=70)
+    prompt = tiny.ids(0)[:-GREEDY]
+    expected = run_alone(engine, prompt)
+    reply = engine.add(tiny.ids(1)[:-GREEDY], PARAMS)
+    while not reply.tokens:
+        engine.step()
+    engine.add(prompt, PARAMS)
+    while earlier and engine._resting is None:
+        engine.step()
+    run = engine._pace.run
+
+    def stop(work):
+        if not earlier and run(work) is not None:
+            pytest.fail("the sweep does not rest")
+        raise KeyboardInterrupt
+
+    engine._decode_next = False
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._pace, "run", stop)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            engine.step()
+    assert run_alone(engine, prompt) == expected
+    assert kept.value is not None
+    check_idle(store)
+
+
 def test_unreadable_expert_ends_who_needs_it_and_nobody_else(tiny, exact_ops, disk, alone):
     """Whoever routes to it ends with the reason, sweeps and replies alike; the others do not notice."""
     config, names = parse_config(tiny.checkpoint.config)

@@ -294,6 +294,16 @@ def test_a_sweep_over_everything_does_not_wipe_popular_experts(disk, reader):
     assert (store.stats() - before).hits == 6
 
 
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_a_row_may_name_the_same_expert_twice(disk, reader, slots):
+    """The router never does; whoever imposes its choice may. It comes in one wave or in several."""
+    store = make(disk, reader, slots)
+    ids = np.array([[2, 5, 2]], np.int32)
+    for _ in range(2):
+        consume(disk, store.stream(0, ids), 0, ids)
+    check_idle(store)
+
+
 def test_no_rows_no_waves(disk, reader):
     store = make(disk, reader)
     assert list(store.stream(0, np.empty((0, 3), np.int32))) == []

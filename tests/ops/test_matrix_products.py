@@ -177,6 +177,20 @@ def test_zeros_give_zeros(tier: str, exact: bool) -> None:
         np.testing.assert_array_equal(got, 0)
 
 
+@pytest.mark.parametrize("encoding", [MAIN, Encoding("bf16")], ids=lambda e: e.name)
+def test_no_rows_give_no_rows(tier: str, exact: bool, encoding: Encoding) -> None:
+    ops = CpuOps(1, exact)
+    case = Case.random(np.random.default_rng(9), 64, 64, encoding)
+    matrix = ops.matrix(case.layout, case.parts)
+    x = np.empty((0, 64), np.float32)
+    norm = np.ones(64, np.float32)
+    assert ops.linear(x, [matrix])[0].shape == (0, 64)
+    assert ops.normed_linear(x, norm, 1e-6, [matrix])[1][0].shape == (0, 64)
+    assert ops.linear_onto(x, x, matrix).shape == (0, 64)
+    assert ops.swiglu(x, matrix, matrix, matrix).shape == (0, 64)
+    assert ops.route_step(norm, 1e-6, matrix, None, True)(x, 4)[1].shape == (0, 4)
+
+
 def test_wrong_shapes_are_named() -> None:
     ops = CpuOps(1)
     case = Case.random(np.random.default_rng(8), 8, 64, MAIN)

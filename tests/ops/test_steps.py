@@ -129,6 +129,9 @@ def test_wrong_shapes_are_named(ops, rng):
     full = KVCache(np.zeros((1, 4, 64), np.float32), np.zeros((1, 4, 64), np.float32), 4)
     with pytest.raises(ValueError, match="holds 4 of 4 tokens, no room for 1 more"):
         step(row, angles, angles, [full])
+    full.length = 2**63 - 1
+    with pytest.raises(ValueError, match="no room for 1 more"):
+        step(row, angles, angles, [full])
     with pytest.raises(ValueError, match="one cache for each row"):
         step(row, angles, angles, [])
     delta = DeltaNetParams(1, 1, 32, 64, 1e-6, normal(rng, 128, 4), norm[:1], norm[:1], norm[:64])

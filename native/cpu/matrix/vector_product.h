@@ -270,8 +270,10 @@ void affine_vector_product(const Product& job) {
             return affine_vectors<Bits, Exact, 1>(job);
         case 2:
             return affine_vectors<Bits, Exact, 2>(job);
-        default:
+        case 3:
             return affine_vectors<Bits, Exact, 3>(job);
+        default:  // no rows
+            return;
     }
 }
 
@@ -282,7 +284,9 @@ void float_vector_product(const Product& job) {
             return float_vectors<K, 1>(job);
         case 2:
             return float_vectors<K, 2>(job);
-        default:
+        case 3:
             return float_vectors<K, 3>(job);
+        default:  // no rows
+            return;
     }
 }

@@ -238,6 +238,7 @@ class Engine:
             raise
         finally:
             if work is not None and work is not self._resting:
+                work.layers.close()  # no effect, unless it was interrupted when it rested already
                 for sequence in work.sequences:
                     if sequence.finished:  # at a rest, when its memory was still held by the pass
                         self._states.release(sequence)

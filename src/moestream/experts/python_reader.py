@@ -96,6 +96,8 @@ class PythonReader:
 
     def limit_prefetch(self, reads: int) -> None:
         """See ``Reader``."""
+        if reads < 1:
+            raise ValueError("at least one prefetch read must be allowed")
         with self._condition:
             self._most_prefetching = reads
             self._condition.notify_all()
@@ -124,6 +126,7 @@ class PythonReader:
         """See ``Reader``."""
         with self._condition:
             self._demand.extendleft(reversed(self._take_prefetch(set(tickets))))
+            self._condition.notify_all()  # the limit of prefetch reads may have kept threads from them
 
     def cancel(self, tickets: Sequence[int]) -> None:
         """See ``Reader``."""

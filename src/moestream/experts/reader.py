@@ -95,7 +95,11 @@ class Reader(Protocol):
         """
 
     def limit_prefetch(self, reads: int) -> None:
-        """Let no more than so many prefetch reads run at a time: a demand read has to wait for them."""
+        """Let no more than so many prefetch reads run at a time: a demand read has to wait for them.
+
+        Raises:
+            ValueError: ``reads`` is below 1.
+        """
 
     def wait(self, min_count: int, timeout: float) -> tuple[list[int], list[ReadFailure]]:
         """Return tickets finished since the last call.

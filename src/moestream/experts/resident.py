@@ -45,8 +45,8 @@ def _check(layer: int, plan: LayerPlan, lowest: int, highest: int) -> None:
 
 
 def uses(starts: I32, rows: int) -> list[int]:
-    """How many of the rows each expert serves; starts [n + 1]."""
-    if rows == 1:  # decoding: kept short
+    """How often the rows chose each expert; starts [n + 1]."""
+    if rows == 1 and starts[-1] == len(starts) - 1:  # decoding: kept short
         return [1] * (len(starts) - 1)
     counts: list[int] = np.diff(starts).tolist()
     return counts
