@@ -148,6 +148,21 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"p50": statistics.median(values), "p95": float(np.quantile(values, 0.95))} if values else {}
 
 
+async def step_end(streams: list[Stream]) -> tuple[float, int]:
+    """The next time at which all have got their token of a step, and how many tokens that makes: whole steps count."""
+
+    def tokens() -> int:
+        return sum(len(s.times) for s in streams)
+
+    had = tokens()
+    while tokens() == had:
+        await asyncio.sleep(0.005)
+    while tokens() != had:
+        had = tokens()
+        await asyncio.sleep(0.03)
+    return max(s.times[-1] for s in streams), had
+
+
 async def level(client: httpx.AsyncClient, count: int, seconds: float, seed: int) -> dict[str, Any]:
     """``count`` requests at a time: what they get while all of them decode."""
     streams = [Stream(time.perf_counter()) for _ in range(count)]
@@ -156,9 +171,11 @@ async def level(client: httpx.AsyncClient, count: int, seconds: float, seed: int
     ]
     while not all(s.times for s in streams):
         await asyncio.sleep(0.01)
-    before, start, had = await scrape(client), time.perf_counter(), sum(len(s.times) for s in streams)
+    start, had = await step_end(streams)
+    before = await scrape(client)
     await asyncio.sleep(seconds)
-    after, end, have = await scrape(client), time.perf_counter(), sum(len(s.times) for s in streams)
+    end, have = await step_end(streams)
+    after = await scrape(client)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,6 +6,12 @@ things. In the trained model of this package, requests about different things ag
 overlap beyond chance 0.47 times as much as those of one request at distant tokens (8 prompts, 140 tokens each: 0.178
 across, 0.210 within, 0.150 by chance). Popularities move over time.
 
+``python benchmarks/serving_routing.py`` compares the distinct experts a layer is asked for with those that others
+counted in trained models (``PUBLISHED``). Within a request the fit holds: 27.7 and 72.2 for 4 and 16 tokens, where 26.6
+to 28.4 and 69.4 were counted. Across requests the counts stand for shares from 0.1 to a little above 1: about 1 for one
+kind of prompt in three models and 0.15 to 0.25 in a fourth, 0.1 to 0.65 for mixed prompts. So 1 is assumed of requests
+about one thing, and 0.5 of strangers.
+
 Shape letters: R rows, E experts, k experts per token.
 """
 
@@ -25,6 +31,73 @@ from moestream.models.states import SequenceStates
 from moestream.ops.base import F32
 
 I32 = npt.NDArray[np.int32]
+Random = np.random.Generator
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Mean distinct experts of a layer in a step that others published."""
+
+    source: str
+    what: str
+    experts: int
+    k: int
+    requests: int
+    rows: int
+    """Of each request: more than one where the model verifies guesses of its own."""
+    distinct: float
+
+
+FLASH, GEMMA, NEMOTRON = "Qwen3.8-Flash-Next", "Gemma-4-26B-A4B", "Nemotron-3.5-Lightning-30B-A3B"
+LAB = "aiueo52/flash-next-rtxpro6000: docs/lab-notes/MOE_SMALLM_SPEC.md"
+TESTS = "fractalyze/sglang: experiments/gemma4-nvfp4-5090/BASELINE.md"
+WIKI = "pjordanandrsn/grouped-nf4-gemm: kernel/RESULTS-k22-gptoss-mxfp4-b16.md"
+AIME = "lucaspirola/FreeToken: benchmarks/results/nemotron35_lightning_5080_cache_study_2026-09-04.md"
+PUBLISHED = (  # repositories on github.com; each with what ran
+    Count(LAB, FLASH, 512, 10, 1, 4, 28.4),
+    Count(LAB, FLASH, 512, 10, 1, 16, 69.4),
+    Count("jschmied/qwen38-flash-next-gb10: notes/speed-of-light.md", FLASH, 512, 10, 1, 4, 26.6),
+    Count("the same", f"{FLASH}, essays and an agent", 512, 10, 4, 4, 82.5),
+    Count("bkvargyas/r9700-stack: PROGRESS.md", f"{FLASH}, code (66 to 71)", 512, 10, 4, 4, 68.5),
+    Count("the same; 3.4 of the 4 ran", f"{FLASH}, code, prose, JSON, mathematics", 512, 10, 4, 4, 86.0),
+    Count(TESTS, f"{GEMMA}, test prompts", 128, 8, 8, 1, 42.7),
+    Count(TESTS, f"{GEMMA}, a corpus", 128, 8, 8, 1, 34.1),
+    Count(TESTS, f"{GEMMA}, a corpus", 128, 8, 32, 1, 62.4),
+    Count(WIKI, "gpt-oss-20b, Wikipedia", 32, 4, 16, 1, 18.2),
+    Count(AIME, f"{NEMOTRON}, mathematics", 128, 6, 2, 1, 11.6),
+    Count(AIME, f"{NEMOTRON}, mathematics", 128, 6, 8, 1, 38.5),
+    Count(AIME, f"{NEMOTRON}, mathematics", 128, 6, 16, 1, 61.5),
+)
+
+
+def popularity(experts: int, random: Random) -> npt.NDArray[np.float32]:
+    """What an expert's waiting time is multiplied with, 1 / popularity [E]."""
+    return ((random.permutation(experts) + 1.0) ** ZIPF_EXPONENT).astype(np.float32)
+
+
+def draw(weight: npt.NDArray[np.float32], rows: int, k: int, random: Random) -> I32:
+    """Experts of some rows [R, k]: the k smallest of exponential waiting times are k draws without replacement."""
+    out = np.empty((rows, k), np.int32)
+    for start in range(0, rows, CHUNK):
+        count = min(CHUNK, rows - start)
+        waits = random.standard_exponential((count, len(weight)), dtype=np.float32) * weight
+        out[start : start + count] = np.argpartition(waits, k - 1, axis=1)[:, :k]
+    return out
+
+
+def distinct(experts: int, k: int, requests: int, rows: int, shared: float, steps: int = 1000) -> float:
+    """Mean distinct experts of a layer in a step with ``rows`` tokens of each request."""
+    random, total = np.random.default_rng([experts, k, requests, rows]), 0
+    for _ in range(steps):
+        weight = popularity(experts, random)
+        private = random.permutation(experts)[round(shared * experts) :]
+        seen = np.zeros(experts, bool)
+        for _ in range(requests):
+            own = weight.copy()
+            own[private] = own[private][random.permutation(len(private))]
+            seen[draw(own, rows, k, random)] = True
+        total += int(seen.sum())
+    return total / steps
 
 
 @dataclass(slots=True)
@@ -49,9 +122,7 @@ class RequestRouter:
         moe, layers = model.config.moe, len(model.config.layers)
         self._k = model.active_experts
         self._random = np.random.default_rng([seed, 7])
-        self._weight = np.stack(  # [layers, E], 1 / popularity
-            [(np.random.default_rng([seed, i]).permutation(moe.experts) + 1.0) ** ZIPF_EXPONENT for i in range(layers)]
-        ).astype(np.float32)
+        self._weight = np.stack([popularity(moe.experts, np.random.default_rng([seed, i])) for i in range(layers)])
         self._private = self._random.permutation(moe.experts)[round(shared * moe.experts) :]
         self._requests: WeakKeyDictionary[SequenceStates, _Request] = WeakKeyDictionary()
         self._tokens = 0
@@ -111,15 +182,9 @@ class RequestRouter:
         return ids
 
     def _draw(self, request: _Request, layer: int, rows: int) -> I32:
-        """The k smallest of exponential waiting times are k draws without replacement."""
         weight = self._weight[layer].copy()
         weight[self._private] = weight[self._private][request.order]
-        out = np.empty((rows, self._k), np.int32)
-        for start in range(0, rows, CHUNK):
-            count = min(CHUNK, rows - start)
-            waits = self._random.standard_exponential((count, len(weight)), dtype=np.float32) * weight
-            out[start : start + count] = np.argpartition(waits, self._k - 1, axis=1)[:, : self._k]
-        return out
+        return draw(weight, rows, self._k, self._random)
 
     def _drift(self, tokens: int) -> None:
         """Popularities change hands: each once in ``LIFETIME`` tokens on average."""
@@ -129,3 +194,25 @@ class RequestRouter:
             for weight in self._weight:
                 moved = self._random.permutation(experts)[: round(experts * CHUNK / LIFETIME)]
                 weight[moved] = weight[np.roll(moved, 1)]
+
+
+def main() -> None:
+    """Print what others counted beside what is drawn here, then what is drawn for the shapes benchmarks use."""
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    print(
+        "requests x tokens, experts top k: counted | by uniform routing | drawn with a share of 0, 0.25, 0.5, 0.75, 1"
+    )
+    for c in PUBLISHED:
+        uniform = c.experts * (1 - (1 - c.k / c.experts) ** (c.requests * c.rows))
+        drawn = " ".join(f"{distinct(c.experts, c.k, c.requests, c.rows, s):.1f}" for s in shares)
+        print(
+            f"{c.requests:2} x {c.rows:2}, {c.experts} top {c.k}: {c.distinct:.1f} | {uniform:.1f} | {drawn}  {c.what}"
+        )
+    for experts, k in ((512, 10), (128, 8)):
+        for requests in (1, 2, 4, 8, 16):
+            drawn = " ".join(f"{distinct(experts, k, requests, 1, s):.1f}" for s in shares)
+            print(f"{requests:2} x  1, {experts} top {k}: {drawn}")
+
+
+if __name__ == "__main__":
+    main()

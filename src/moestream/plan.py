@@ -72,6 +72,11 @@ class MemoryPlan:
         return self.slots * self.slot_nbytes
 
     @property
+    def streamed(self) -> int:
+        """Bytes of the experts that have no slot of their own: about what a sweep reads."""
+        return (self.experts - self.slots) * self.slot_nbytes
+
+    @property
     def fixed(self) -> int:
         """Bytes of everything but the slots."""
         return self.baseline + self.dense + self.states + self.scratch + self.prefixes

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,13 @@ from moestream.server.activity import Activity
 from moestream.text.replies import Delta, Replies, Reply
 
 LOG = logging.getLogger("moestream.server")
+
+GATHER = 1e-12
+"""Seconds to wait for company, for each byte of experts that a sweep reads: a hundredth of its time at 10 GB/s."""
+GATHER_MOST = 0.02
+"""Some times what lies between requests that are sent together: up to 5 ms where they make new connections."""
+GATHERINGS = 10
+"""Company that comes in time makes for another wait, up to so many."""
 
 Sink = Callable[[Delta | MoestreamError], None]
 """Takes each delta of a reply, on the event loop; an error is the end of it."""
@@ -101,7 +109,7 @@ class Worker:
                 self.activity = Activity(llm.runtime.engine)
                 self._replies = Replies(llm.runtime.engine, llm.tokenizer, llm.runtime.receipt)
                 self._become("ready")
-                self._serve(self._replies)
+                self._serve(llm, self._replies)
             self._become("closed")
         except BaseException as error:  # reported by whoever started the server
             self.error = error
@@ -111,17 +119,9 @@ class Worker:
         self.state = state
         self._tell(self._on_state)
 
-    def _serve(self, replies: Replies) -> None:
-        while True:
-            try:
-                while True:
-                    action = self._inbox.get(block=not self._jobs)
-                    if action is None:
-                        replies.close()
-                        return
-                    action()
-            except queue.Empty:
-                pass
+    def _serve(self, llm: LLM, replies: Replies) -> None:
+        gather = min(GATHER_MOST, GATHER * llm.runtime.plan.streamed)
+        while self._listen(gather):
             if self.activity is not None:
                 self.activity.begin_step()
             try:
@@ -132,6 +132,29 @@ class Worker:
             if self.activity is not None:
                 self.activity.end_step()
             self._deliver()
+        replies.close()
+
+    def _listen(self, gather: float) -> bool:
+        """Do what is asked for before the next step; False when there is to be none.
+
+        Whoever comes just after a sweep began waits for all of it, and then nearly all experts are read again for its
+        own prompt. So where nothing runs yet, the sweep begins when nobody has come for ``gather`` seconds. Beside
+        replies under way nothing waits: what comes during their step is taken together.
+        """
+        until = None
+        while True:
+            patience = 0.0 if self._jobs else None
+            if self._jobs and gather and not self.load[0]:
+                now = time.monotonic()
+                until = until or now + GATHERINGS * gather
+                patience = max(0.0, min(gather, until - now))
+            try:
+                action = self._inbox.get(timeout=patience)
+            except queue.Empty:
+                return True
+            if action is None:
+                return False
+            action()
 
     def _begin(self, job: Job) -> None:
         assert self._replies is not None
