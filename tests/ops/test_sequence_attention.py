@@ -80,8 +80,8 @@ def error_bound(p, cache, rows=1):
     rounding = 0.0
     if cache.k.dtype == np.float16:
         rounding = 4 * HALF_EPS / np.sqrt(p.head_dim)  # a key rounded the other way
-        if rows > FEW_ROWS or p.head_dim % 32 == 0:  # one unit each for weights and values, two for scores, whose errors differ from key to key
-            rounding += 4 * BFLOAT_EPS
+        if rows > FEW_ROWS or p.head_dim % 32 == 0:
+            rounding += 4 * BFLOAT_EPS  # one unit each for weights and values, two for scores: errors differ by key
     return ((score + 8) * EPS + rounding) * values
 
 
