@@ -20,7 +20,7 @@ def test_python_blocks_run(page, model, capsys, tmp_path, monkeypatch):
     names: dict[str, object] = {}
     exec(compile(code, page, "exec"), names)
     assert "LLM" in names
-    assert capsys.readouterr().out.strip()
+    assert capsys.readouterr().out  # a random model may say nothing but the end of a line
 
 
 def test_links_lead_somewhere():
