@@ -1,20 +1,17 @@
 """The engine on tiny models whose experts are on disk, with a rest after every piece of a sweep and a token in each."""
 
-import errno
 import itertools
 import random
 
 import pytest
 from golden_models import GREEDY, PROMPTS
+from streamed import BadSectors, check_idle
 
 from moestream.engine.engine import Engine
 from moestream.engine.pace import Pace
 from moestream.engine.sampling import SamplingParams
 from moestream.engine.state_budget import StateBudget
 from moestream.errors import ReadError
-from moestream.experts.policy import NO_SLOT
-from moestream.experts.python_reader import PythonReader
-from moestream.experts.reader import FILE, OFFSET, TICKET, ReadFailure
 from moestream.experts.store import ExpertStore
 from moestream.models.registry import parse_config
 from moestream.models.weights import map_weights
@@ -32,22 +29,9 @@ def many_rests(monkeypatch):
     monkeypatch.setattr("moestream.models.batch.ALIGNED", 16)
 
 
-class Disk(PythonReader):
-    """Some ranges of it cannot be read."""
-
-    def __init__(self):
-        super().__init__(threads=2)
-        self.bad = set()
-
-    def _read(self, row, target):
-        if (row[FILE], row[OFFSET]) in self.bad:
-            return 0, ReadFailure(row[TICKET], errno.EACCES, row[FILE], row[OFFSET])
-        return super()._read(row, target)
-
-
 @pytest.fixture
 def disk():
-    disk = Disk()
+    disk = BadSectors()
     yield disk
     disk.close()
 
@@ -78,17 +62,6 @@ def make(tiny, ops, disk, slots, **kwargs):
     pace = Pace(0.0, lambda: float(next(ticks)))
     kwargs = {"vocab_size": config.vocab_size, "context": 256, "pace": pace, "recover": store.reset} | kwargs
     return Engine(model, **kwargs), store
-
-
-def check_idle(store):
-    """No slot is lost or held."""
-    store.claim([])
-    while store.reading_anything():
-        store.wait()
-    held = [slot for slot in store.policy.slot_of if slot != NO_SLOT]
-    assert len(set(held)) == len(held)
-    assert len(held) + store.policy.free() == store.policy.capacity
-    assert not any(store.policy.pinned)
 
 
 @pytest.mark.parametrize("slots", [3, 8, 20])

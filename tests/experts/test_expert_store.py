@@ -7,10 +7,10 @@ import errno
 import numpy as np
 import pytest
 from expert_disk import Disk, FaultyReader, fail_ranges, layout, write_packed, write_stacked
+from streamed import check_slots
 
 from moestream.checkpoint.encoding import Encoding, ExpertTable
 from moestream.errors import ReadError, TensorError
-from moestream.experts.policy import NO_SLOT
 from moestream.experts.store import ExpertStore, slot_nbytes
 
 EXPERTS = 7
@@ -62,11 +62,7 @@ def consume(disk, stream, layer, ids):
 
 def check_idle(store):
     """Nothing pinned, nothing lost: every slot is free or holds one expert."""
-    policy = store.policy
-    held = [slot for slot in policy.slot_of if slot != NO_SLOT]
-    assert len(set(held)) == len(held)
-    assert len(held) + policy.free() == policy.capacity
-    assert not any(policy.pinned)
+    check_slots(store)
     assert store.reader.outstanding() == 0
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import time
 from collections.abc import Callable
 from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 from golden_models import Golden, ResidentExperts, golden, make_cpu_ops, run_chunked
+from streamed import BadSectors, check_idle
 
 from moestream.config import CacheMode
 from moestream.errors import ReadError
 from moestream.experts.native_reader import make_reader
-from moestream.experts.policy import NO_SLOT
 from moestream.experts.python_reader import PythonReader
-from moestream.experts.reader import FILE, OFFSET, TICKET, Reader, ReadFailure
+from moestream.experts.reader import Reader
 from moestream.experts.store import ExpertStore
 from moestream.models.batch import Batch
 from moestream.models.model import Model
@@ -93,18 +91,6 @@ def rest_everywhere(model: Model, batch: Batch, meanwhile: Callable[[], None]) -
         meanwhile()
 
 
-def check_idle(model: Model) -> None:
-    """No slot is lost or held."""
-    store = store_of(model)
-    store.claim([])
-    while store.reading_anything():
-        store.wait()
-    held = [slot for slot in store.policy.slot_of if slot != NO_SLOT]
-    assert len(set(held)) == len(held)
-    assert len(held) + store.policy.free() == store.policy.capacity
-    assert not any(store.policy.pinned)
-
-
 @pytest.mark.parametrize("mode", ["arena", "page", "none"])
 def test_a_sweep_that_rests_everywhere_equals_a_resident_one(tiny: Golden, any_ops: Ops, mode: CacheMode) -> None:
     reader = make_reader(4)
@@ -125,7 +111,7 @@ def test_a_sweep_that_rests_everywhere_equals_a_resident_one(tiny: Golden, any_o
         while len(others.out) < len(beside.out):
             others.step()
         assert all(np.array_equal(a, b) for a, b in zip(beside.out, others.out, strict=False)), slots
-        check_idle(model)
+        check_idle(store_of(model))
     reader.close()
 
 
@@ -205,21 +191,6 @@ def test_blocks_change_no_more_than_chunks_do(tiny: Golden, exact_ops: Ops) -> N
     assert np.abs(logits - tiny.logits(0)).max() <= tiny.logits_bound
 
 
-class BadSectors(PythonReader):
-    """A slow disk on which some ranges cannot be read."""
-
-    def __init__(self, bad: set[tuple[int, int]]) -> None:
-        super().__init__(threads=2)
-        self.bad = bad
-
-    def _read(self, row, target):  # type: ignore[no-untyped-def]
-        time.sleep(0.0001)
-        if (row[FILE], row[OFFSET]) in self.bad:
-            target[:] = 0xA5
-            return 0, ReadFailure(row[TICKET], errno.EACCES, row[FILE], row[OFFSET])
-        return super()._read(row, target)
-
-
 def test_reads_that_fail_during_a_rest_fail_who_needs_them_and_nobody_else(tiny: Golden, fast_ops: Ops) -> None:
     config, names = parse_config(tiny.checkpoint.config)
     tables = map_weights(tiny.checkpoint, config, names).experts
@@ -232,14 +203,14 @@ def test_reads_that_fail_during_a_rest_fail_who_needs_them_and_nobody_else(tiny:
     sweep = Batch.of([(tiny.ids(0)[:SWEEP], resident.new_states())], all_logits=True)
     expected = resident.forward(sweep)
     for slots in (2, 8, 28):
-        reader = BadSectors(bad)
+        reader = BadSectors(bad, seconds=0.0001)
         model = streamed(tiny, fast_ops, slots, "arena", reader)
         others = Others(tiny, model)
         batch = Batch.of([(tiny.ids(0)[:SWEEP], model.new_states())], all_logits=True)
         logits, _ = rest_everywhere(model, batch, others.step)
         assert [row for row, _ in batch.failures] == [row for row, _ in sweep.failures]
         assert np.array_equal(logits, expected)
-        check_idle(model)
+        check_idle(store_of(model))
         reader.close()
 
 
@@ -258,7 +229,7 @@ def test_a_sweep_can_be_given_up_at_any_rest(tiny: Golden, fast_ops: Ops, slots:
         pieces.send(True)
         others.step()
         pieces.close()
-        check_idle(model)
+        check_idle(store_of(model))
     assert np.array_equal(model.forward(Batch.of([(sweep, model.new_states())])), expected)
     reader.close()
 
@@ -284,5 +255,5 @@ def test_a_sweep_at_rest_survives_that_the_store_is_reset(tiny: Golden, fast_ops
 
     logits, _ = rest_everywhere(model, Batch.of([(sweep, model.new_states())]), interrupted)
     assert np.array_equal(logits, expected)
-    check_idle(model)
+    check_idle(store_of(model))
     reader.close()
