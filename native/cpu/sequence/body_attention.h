@@ -175,9 +175,26 @@ inline float soften(float* scores, int64_t visible, int64_t count, float& maximu
     return alpha;
 }
 
+// Of `count` keys from `first` on, those that a row sees: it is a token's, and sees that token and all before.
+inline int64_t visible_of(const AttentionArgs& args, int64_t row, int64_t first, int64_t count) {
+    const int64_t seen = args.past + row / args.group() + 1 - first;
+    return seen < 0 ? 0 : least(seen, count);
+}
+
+// Where the keys end that any row of a unit sees.
+inline int64_t end_of(const AttentionArgs& args, const AttentionUnit& unit) {
+    return visible_of(args, unit.row1 - 1, 0, unit.key1);
+}
+
+// A row's maximum and sum before its first key.
+inline void begin_row(float& maximum_so_far, float& sum_so_far) {
+    maximum_so_far = -1e30f;  // finite, so that a row that sees none of these keys has alpha 1 and no NaN
+    sum_so_far = 0;
+}
+
 template <class T>
 void partial_of(const AttentionArgs& args, const AttentionUnit& unit, float* scratch, float* partial) {
-    const int64_t rows = unit.rows(), dim = args.head_dim, wide = padded(dim), group = args.group();
+    const int64_t rows = unit.rows(), dim = args.head_dim, wide = padded(dim);
     const T* keys = static_cast<const T*>(args.cache_k) + unit.kv_head * args.capacity * dim;
     const T* values = static_cast<const T*>(args.cache_v) + unit.kv_head * args.capacity * dim;
     float* q = scratch;                             // [rows, wide]
@@ -193,10 +210,9 @@ void partial_of(const AttentionArgs& args, const AttentionUnit& unit, float* scr
     for (int64_t r = 0; r < rows; ++r) {
         std::memcpy(q + r * wide, row_of(args, unit.kv_head, unit.row0 + r), dim * sizeof(float));
         std::memset(q + r * wide + dim, 0, (wide - dim) * sizeof(float));
-        high[r] = -1e30f;  // finite, so that a row that sees none of these keys has alpha 1 and no NaN
-        total[r] = 0;
+        begin_row(high[r], total[r]);
     }
-    const int64_t end = least(unit.key1, args.past + (unit.row1 - 1) / group + 1);
+    const int64_t end = end_of(args, unit);
     for (int64_t first = unit.key0; first < end; first += kKeyBlock) {
         const int64_t count = least(kKeyBlock, end - first), following = least(kKeyBlock, end - first - count);
         const T *block = keys + first * dim, *value_block = values + first * dim;
@@ -212,9 +228,8 @@ void partial_of(const AttentionArgs& args, const AttentionUnit& unit, float* scr
         Ahead ahead_of_pack(value_block, few ? 0 : count * dim, rows);
         for (int64_t r = 0; r < rows; ++r) {
             ahead_of_pack.step();
-            const int64_t visible = args.past + (unit.row0 + r) / group + 1 - first;
-            alpha[r] =
-                soften(scores + r * kKeyBlock, visible < 0 ? 0 : least(visible, count), count, high[r], total[r]);
+            const int64_t visible = visible_of(args, unit.row0 + r, first, count);
+            alpha[r] = soften(scores + r * kKeyBlock, visible, count, high[r], total[r]);
         }
         if (few) {
             Ahead ahead(next_block, following * dim, (rows * dim) / (2 * kValueRows * kLanes) + 1);

@@ -151,7 +151,7 @@ inline void weigh_all_pairs(int64_t rows, const float* weights, const Half* valu
 
 // Few rows, as in decoding: keys and values are read as they lie.
 void attention_few_pairs(const AttentionArgs& args, const AttentionUnit& unit, float* scratch, float* partial) {
-    const int64_t rows = unit.rows(), dim = args.head_dim, group = args.group();
+    const int64_t rows = unit.rows(), dim = args.head_dim;
     const Half* keys = static_cast<const Half*>(args.cache_k) + unit.kv_head * args.capacity * dim;
     const Half* values = static_cast<const Half*>(args.cache_v) + unit.kv_head * args.capacity * dim;
     float* q = scratch;                             // [rows, dim / 2] pairs
@@ -165,19 +165,18 @@ void attention_few_pairs(const AttentionArgs& args, const AttentionUnit& unit, f
     std::memset(out, 0, rows * dim * sizeof(float));
     for (int64_t r = 0; r < rows; ++r) {
         pair_row(row_of(args, unit.kv_head, unit.row0 + r), dim, dim, q + r * (dim / 2), kHalfShift);
-        high[r] = -1e30f;  // finite, so that a row that sees none of these keys has alpha 1 and no NaN
-        total[r] = 0;
+        begin_row(high[r], total[r]);
     }
-    const int64_t end = least(unit.key1, args.past + (unit.row1 - 1) / group + 1);
+    const int64_t end = end_of(args, unit);
     for (int64_t first = unit.key0; first < end; first += kFewKeys) {
         const int64_t count = least(kFewKeys, end - first), following = least(kFewKeys, end - first - count);
         const Half *block = keys + first * dim, *value_block = values + first * dim;
         Ahead ahead_of_values(value_block, count * dim, rows * count / kDots + 1);
         score_all_pairs<8>(rows, q, dim / 2, block, count, dim, scores, ahead_of_values);
         for (int64_t r = 0; r < rows; ++r) {
-            const int64_t visible = least(args.past + (unit.row0 + r) / group + 1 - first, count);
+            const int64_t visible = visible_of(args, unit.row0 + r, first, count);
             float* row = scores + r * kFewKeys;
-            alpha[r] = soften(row, visible < 0 ? 0 : visible, count, high[r], total[r]);
+            alpha[r] = soften(row, visible, count, high[r], total[r]);
             pair_row(row, round_up(count, kLanes), kFewKeys, weights + r * (kFewKeys / 2), kHalfShift);
         }
         Ahead ahead(block + count * dim, following * dim, (rows + 7) / 8 * (dim / (2 * kLanes)) * (count / 2) + 1);
@@ -189,11 +188,10 @@ void attention_few_pairs(const AttentionArgs& args, const AttentionUnit& unit, f
 }
 
 void attention_partial_pairs(const AttentionArgs& args, const AttentionUnit& unit, float* scratch, float* partial) {
-    const int64_t rows = unit.rows(), dim = args.head_dim, wide = padded(dim), group = args.group();
-    if (!args.half) return attention_partial(args, unit, scratch, partial);
-    if (rows <= kFewRows)
-        return dim % (2 * kLanes) ? attention_partial(args, unit, scratch, partial)
-                                  : attention_few_pairs(args, unit, scratch, partial);
+    const int64_t rows = unit.rows(), dim = args.head_dim, wide = padded(dim);
+    const bool few = rows <= kFewRows;
+    if (!args.half || (few && dim % (2 * kLanes))) return attention_partial(args, unit, scratch, partial);
+    if (few) return attention_few_pairs(args, unit, scratch, partial);
     const Half* keys = static_cast<const Half*>(args.cache_k) + unit.kv_head * args.capacity * dim;
     const Half* values = static_cast<const Half*>(args.cache_v) + unit.kv_head * args.capacity * dim;
     float* q = scratch;                             // [rows, wide / 2] pairs
@@ -208,10 +206,9 @@ void attention_partial_pairs(const AttentionArgs& args, const AttentionUnit& uni
     std::memset(out, 0, rows * wide * sizeof(float));
     for (int64_t r = 0; r < rows; ++r) {
         pair_row(row_of(args, unit.kv_head, unit.row0 + r), dim, wide, q + r * (wide / 2));
-        high[r] = -1e30f;  // finite, so that a row that sees none of these keys has alpha 1 and no NaN
-        total[r] = 0;
+        begin_row(high[r], total[r]);
     }
-    const int64_t end = least(unit.key1, args.past + (unit.row1 - 1) / group + 1);
+    const int64_t end = end_of(args, unit);
     for (int64_t first = unit.key0; first < end; first += kKeyBlock) {
         const int64_t count = least(kKeyBlock, end - first), following = least(kKeyBlock, end - first - count);
         const int64_t depth = (count + 1) / 2;
@@ -222,9 +219,9 @@ void attention_partial_pairs(const AttentionArgs& args, const AttentionUnit& uni
         Ahead ahead_of_values(value_block, count * dim, rows);
         for (int64_t r = 0; r < rows; ++r) {
             ahead_of_values.step();
-            const int64_t visible = least(args.past + (unit.row0 + r) / group + 1 - first, count);
+            const int64_t visible = visible_of(args, unit.row0 + r, first, count);
             float* row = scores + r * kKeyBlock;
-            alpha[r] = soften(row, visible < 0 ? 0 : visible, count, high[r], total[r]);
+            alpha[r] = soften(row, visible, count, high[r], total[r]);
             pair_row(row, round_up(count, kLanes), kKeyBlock, weights + r * (kKeyBlock / 2));
         }
         pair_values(value_block, count, dim, wide, packed);
