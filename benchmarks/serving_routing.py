@@ -24,14 +24,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from moestream.checkpoint.routing import CHUNK, LIFETIME, RECALL, ZIPF_EXPONENT
+from moestream.checkpoint.routing import CHUNK, RECALL, ZIPF_EXPONENT, draw, drift, rarity
 from moestream.models.batch import Batch
 from moestream.models.model import Model
 from moestream.models.states import SequenceStates
 from moestream.ops.base import F32
 
 I32 = npt.NDArray[np.int32]
-Random = np.random.Generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +69,11 @@ PUBLISHED = (  # repositories on github.com; each with what ran
 )
 
 
-def popularity(experts: int, random: Random) -> npt.NDArray[np.float32]:
-    """What an expert's waiting time is multiplied with, 1 / popularity [E]."""
-    return ((random.permutation(experts) + 1.0) ** ZIPF_EXPONENT).astype(np.float32)
-
-
-def draw(weight: npt.NDArray[np.float32], rows: int, k: int, random: Random) -> I32:
-    """Experts of some rows [R, k]: the k smallest of exponential waiting times are k draws without replacement."""
-    out = np.empty((rows, k), np.int32)
-    for start in range(0, rows, CHUNK):
-        count = min(CHUNK, rows - start)
-        waits = random.standard_exponential((count, len(weight)), dtype=np.float32) * weight
-        out[start : start + count] = np.argpartition(waits, k - 1, axis=1)[:, :k]
-    return out
-
-
 def distinct(experts: int, k: int, requests: int, rows: int, shared: float, steps: int = 1000) -> float:
     """Mean distinct experts of a layer in a step with ``rows`` tokens of each request."""
     random, total = np.random.default_rng([experts, k, requests, rows]), 0
     for _ in range(steps):
-        weight = popularity(experts, random)
+        weight = rarity(experts, ZIPF_EXPONENT, random)
         private = random.permutation(experts)[round(shared * experts) :]
         seen = np.zeros(experts, bool)
         for _ in range(requests):
@@ -122,7 +106,9 @@ class RequestRouter:
         moe, layers = model.config.moe, len(model.config.layers)
         self._k = model.active_experts
         self._random = np.random.default_rng([seed, 7])
-        self._weight = np.stack([popularity(moe.experts, np.random.default_rng([seed, i])) for i in range(layers)])
+        self._weight = np.stack(
+            [rarity(moe.experts, ZIPF_EXPONENT, np.random.default_rng([seed, i])) for i in range(layers)]
+        )
         self._private = self._random.permutation(moe.experts)[round(shared * moe.experts) :]
         self._requests: WeakKeyDictionary[SequenceStates, _Request] = WeakKeyDictionary()
         self._tokens = 0
@@ -187,13 +173,10 @@ class RequestRouter:
         return draw(weight, rows, self._k, self._random)
 
     def _drift(self, tokens: int) -> None:
-        """Popularities change hands: each once in ``LIFETIME`` tokens on average."""
         before, self._tokens = self._tokens, self._tokens + tokens
         for _ in range(before // CHUNK, self._tokens // CHUNK):
-            experts = self._weight.shape[1]
             for weight in self._weight:
-                moved = self._random.permutation(experts)[: round(experts * CHUNK / LIFETIME)]
-                weight[moved] = weight[np.roll(moved, 1)]
+                drift(weight, self._random)
 
 
 def main() -> None:

@@ -22,6 +22,29 @@ RECALL = 0.7
 trained model in this package has 0.83 (0.80 among cache misses)."""
 
 
+def rarity(experts: int, exponent: float, random: np.random.Generator) -> npt.NDArray[np.float32]:
+    """1 / popularity of each expert [E], by Zipf's law with this exponent."""
+    weight: npt.NDArray[np.float32] = ((random.permutation(experts) + 1) ** exponent).astype(np.float32)
+    return weight
+
+
+def draw(rarity: npt.NDArray[np.float32], rows: int, k: int, random: np.random.Generator) -> npt.NDArray[np.int32]:
+    """Experts of some tokens [R, k]: the k smallest of exponential waiting times are k draws without replacement."""
+    out = np.empty((rows, k), np.int32)
+    for start in range(0, rows, CHUNK):
+        count = min(CHUNK, rows - start)
+        waits = random.standard_exponential((count, len(rarity)), dtype=np.float32) * rarity
+        out[start : start + count] = np.argpartition(waits, k - 1, axis=1)[:, :k]
+    return out
+
+
+def drift(rarity: npt.NDArray[np.float32], random: np.random.Generator) -> None:
+    """What happens to popularities [E] in ``CHUNK`` tokens: some change hands, each once in ``LIFETIME`` on average."""
+    experts = len(rarity)
+    moved = random.permutation(experts)[: round(experts * CHUNK / LIFETIME)]
+    rarity[moved] = rarity[np.roll(moved, 1)]
+
+
 class SyntheticRouter:
     """An endless, reproducible trace of expert ids for each layer."""
 
@@ -79,9 +102,7 @@ class _Layer:
     def __init__(self, num_experts: int, exponent: float, seed: list[int]) -> None:
         self._random = np.random.default_rng(seed)
         self._guesses = np.random.default_rng([*seed, 1])  # of its own: predicting changes no trace
-        ranks = self._random.permutation(num_experts) + 1
-        self._weight = (ranks**exponent).astype(np.float32)  # [E], 1 / popularity
-        self._swaps = round(num_experts * CHUNK / LIFETIME)
+        self._rarity = rarity(num_experts, exponent, self._random)
         self._ready = np.empty((0, 0), np.int32)
         self._foreseen = np.empty((0, 0), np.int32)  # of the next rows, as far as it was asked for
 
@@ -98,7 +119,7 @@ class _Layer:
 
     def _guess(self, true: npt.NDArray[np.int32], recall: float) -> npt.NDArray[np.int32]:
         rows, k = true.shape
-        waits = self._guesses.standard_exponential((rows, len(self._weight)), dtype=np.float32) * self._weight
+        waits = self._guesses.standard_exponential((rows, len(self._rarity)), dtype=np.float32) * self._rarity
         np.put_along_axis(waits, true, np.inf, axis=1)
         wrong = np.argpartition(waits, k - 1, axis=1)[:, :k]
         chance = 1.0 - (1.0 - recall) * (2 * np.arange(k) + 1) / k  # [k]
@@ -115,9 +136,5 @@ class _Layer:
         return self._ready[:rows]
 
     def _chunk(self, k: int) -> npt.NDArray[np.int32]:
-        """The next tokens: the k smallest of exponential waiting times are k draws without replacement."""
-        experts = len(self._weight)
-        moved = self._random.permutation(experts)[: self._swaps]
-        self._weight[moved] = self._weight[np.roll(moved, 1)]
-        waits = self._random.standard_exponential((CHUNK, experts), dtype=np.float32) * self._weight
-        return np.argpartition(waits, k - 1, axis=1)[:, :k].astype(np.int32)
+        drift(self._rarity, self._random)
+        return draw(self._rarity, CHUNK, k, self._random)
