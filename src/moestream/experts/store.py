@@ -29,9 +29,10 @@ from moestream.ops.base import I32
 
 READ_AHEAD = 3
 """Missing experts read ahead for each row of a decode step: later guesses are wrong too often for the time there is."""
-READS_AHEAD = 3
-"""Pieces of them under way at a time: enough to keep a disk busy, and a read that is waited for waits for no more."""
-SWEEP_READS = 1000
+PIECES_AHEAD = 3
+"""Pieces of what is read ahead, under way at a time: enough to keep a disk busy, and what is waited for waits for no
+more."""
+SWEEP_PIECES = 1000
 """In a sweep alone nothing goes before anything: as many as the reader has threads."""
 _POLL_SECONDS = 0.5  # a longer wait would delay Ctrl-C
 
@@ -179,7 +180,7 @@ class ExpertStore:
             reserve = min(self.arena.slots, reserve + self.policy.unused())
         self.policy.reserve = reserve
         self.policy.release(())
-        self.reader.limit_prefetch(SWEEP_READS if self._sweeps() else READS_AHEAD)
+        self.reader.limit_prefetch(SWEEP_PIECES if self._sweeps() else PIECES_AHEAD)
 
     def _sweeps(self) -> bool:
         """Whether this turn's reads go after all others; not while one at rest waits for this one."""
