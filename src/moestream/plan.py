@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from moestream.config import RunConfig, format_size
 from moestream.errors import BudgetError, ConfigError
 from moestream.experts.arena import area_nbytes
-from moestream.experts.store import slot_nbytes
+from moestream.experts.layer_plan import slot_nbytes
 from moestream.models.config import ModelConfig
 from moestream.models.states import nbytes_fixed, nbytes_per_token
 from moestream.models.weights import WeightMap

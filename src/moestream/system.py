@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 
-DEFAULT_SHARE = 0.85
-"""Part of the available memory that a process takes when no budget is given."""
+KEPT_SHARE = 0.15
+KEPT_AT_MOST = 1_500_000_000
+"""Bytes. Of the available memory this share stays free when no budget is given, and no more than this."""
 ROOT = Path("/")
 
 
@@ -96,9 +97,15 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def kept_free(available: int) -> int:
+    """Bytes of what is available that stay free when the user names no budget; caches give way to who needs more."""
+    return min(int(available * KEPT_SHARE), KEPT_AT_MOST)
+
+
 def default_budget() -> int:
     """Bytes for the whole process when the user names none: what it has, and most of what is left."""
-    return rss() + int(memory().available * DEFAULT_SHARE)
+    available = memory().available
+    return rss() + available - kept_free(available)
 
 
 def file_system(path: Path) -> FileSystem:

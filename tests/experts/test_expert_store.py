@@ -11,7 +11,8 @@ from streamed import check_slots
 
 from moestream.checkpoint.encoding import Encoding, ExpertTable
 from moestream.errors import ReadError, TensorError
-from moestream.experts.store import ExpertStore, slot_nbytes
+from moestream.experts.layer_plan import slot_nbytes
+from moestream.experts.store import ExpertStore
 
 EXPERTS = 7
 MODES = ("arena", "page", "none")

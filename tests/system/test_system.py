@@ -115,6 +115,11 @@ def test_default_budget_leaves_room():
     assert system.rss() * 0.5 < budget < psutil.virtual_memory().total + system.rss()
 
 
+@pytest.mark.parametrize(("available", "kept"), [(0, 0), (4_000_000_000, 600_000_000), (200_000_000_000, 1_500_000_000)])
+def test_what_is_kept_free(available, kept):
+    assert system.kept_free(available) == kept
+
+
 def test_file_system_of_a_path(tmp_path):
     (tmp_path / "file").write_bytes(np.zeros(10, np.uint8).tobytes())
     found = system.file_system(tmp_path / "file")

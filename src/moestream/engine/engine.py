@@ -6,6 +6,7 @@ Shape letters: N rows whose logits are wanted, V vocabulary.
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import abc
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class Engine:
     every sequence in it ends, because their states stand somewhere between two tokens; the waiting ones go on.
 
     Attributes:
+        running: Held while the model computes or lets go of what it streamed.
         on_progress: Told how far the prompts of a step are, those of one step together; all chunks of a prompt count
             into its total.
         preemptions: How often a sequence had to give its states up for others and read its tokens again.
@@ -85,6 +87,7 @@ class Engine:
             recover: Called before the next step after an exception left the model's expert source half way.
         """
         self.context = context
+        self.running = threading.RLock()
         self.on_progress: PromptProgress | None = None
         self.preemptions = 0
         self.on_step: Callable[[list[tuple[Sequence, int]]], None] | None = None
@@ -175,11 +178,12 @@ class Engine:
         for start in range(0, len(tokens), self._prefill_chunk):
             chunk = slice(start, start + self._prefill_chunk)
             batch = Batch.of([(tokens[chunk], states)], all_logits=True)
-            if self._half_way:
-                self._recover()
-            self._half_way = True
-            result[chunk] = self._model.forward(batch)
-            self._half_way = False
+            with self.running:
+                if self._half_way:
+                    self._recover()
+                self._half_way = True
+                result[chunk] = self._model.forward(batch)
+                self._half_way = False
             if batch.failures:
                 raise batch.failures[0][1]
         return result
@@ -216,11 +220,16 @@ class Engine:
         Raises:
             BaseException: KeyboardInterrupt and the like, after cancelling the sequences of the step.
         """
-        self._end_rest()
-        events = [event for sequence in self._scheduler.admit() if (event := self._start(sequence)) is not None]
+        with self.running:
+            return self._step()
+
+    def _step(self) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
         work: Pass | None = None
         chunks: list[tuple[Sequence, int]] = []
         try:
+            self._end_rest()  # if that fails, so will the recovery before the next pass, and its sequences are told
+            events += [event for sequence in self._scheduler.admit() if (event := self._start(sequence)) is not None]
             work = self._due()
             if work is None:
                 chunks = self._next_chunks()
@@ -405,10 +414,11 @@ class Engine:
         work = self._resting
         if work is None or not all(s.finished for s in work.sequences):
             return
-        if self._half_way:
-            self._recover()
-        self._resting, self._half_way = None, True  # stays so when closing fails
-        for sequence in work.sequences:
-            self._states.release(sequence)
-        work.layers.close()
-        self._half_way = False
+        with self.running:
+            half_way, self._half_way, self._resting = self._half_way, True, None  # stays so when what follows fails
+            for sequence in work.sequences:
+                self._states.release(sequence)
+            if half_way:
+                self._recover()
+            work.layers.close()
+            self._half_way = False

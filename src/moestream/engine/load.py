@@ -5,12 +5,12 @@ Nothing large is allocated before the plan fits the budget.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import warnings
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
@@ -19,6 +19,7 @@ from moestream.checkpoint.encoding import Extent
 from moestream.checkpoint.index import Checkpoint, open_checkpoint
 from moestream.config import CacheMode, RunConfig
 from moestream.engine.engine import Engine
+from moestream.engine.memory_watch import MemoryWatch
 from moestream.engine.pace import Pace
 from moestream.engine.prefix import PrefixCache
 from moestream.engine.prefix_files import FORMAT, PrefixFiles
@@ -40,7 +41,7 @@ from moestream.ops.base import U8, Ops
 from moestream.ops.reference import ReferenceOps
 from moestream.plan import MemoryPlan, plan_memory
 from moestream.stored_plan import follow, model_fingerprint
-from moestream.system import cpu_count, default_budget, peak_rss
+from moestream.system import cpu_count, default_budget, kept_free, memory, peak_rss
 
 PREFIX_VARIABLE = "MOESTREAM_PREFIXES"
 """Environment variable: another folder for the files of the prefix cache."""
@@ -48,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what, bytes done, bytes in all)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Runtime:
     """A loaded model and everything it runs on."""
 
@@ -60,13 +61,15 @@ class Runtime:
     reader: Reader
     engine: Engine
     setup: Setup
+    watch: MemoryWatch | None
+    """What lets the cache give way where nobody named a budget."""
 
     def receipt(self, sequence: Sequence) -> Receipt:
         """The account of a finished sequence."""
         assert sequence.finish_reason is not None
         return Receipt.of(
             sequence.usage,
-            self.setup,
+            dataclasses.replace(self.setup, slots=min(self.setup.slots, self.store.slots)),
             prompt_tokens=len(sequence.prompt),
             new_tokens=len(sequence.tokens),
             cached_tokens=sequence.cached,
@@ -76,6 +79,8 @@ class Runtime:
 
     def close(self) -> None:
         """Give back slots, files and threads; what the prefix cache may keep goes to its folder."""
+        if self.watch is not None:
+            self.watch.close()
         self.engine.close()
         self.store.reset()  # an interrupted step may have left reads under way
         self.store.close()
@@ -113,6 +118,7 @@ def load_runtime(
     threads = run.threads or cpu_count()
     ops = choose_ops(run, threads)
     most_slots = None if stored is None else stored.slots
+    kept = None if run.ram else kept_free(memory().available)
     plan = plan_memory(weights, config, run, ops, run.ram or default_budget(), most_slots)
     reader = make_reader(run.io_threads)
     try:
@@ -150,7 +156,11 @@ def load_runtime(
         prefetch=run.prefetch,
         measured=None if stored is None else stored.day,
     )
-    return Runtime(folder, config, plan, model, store, reader, engine, setup)
+    watch = None
+    if kept is not None and MemoryWatch.helps(store):
+        watch = MemoryWatch(store, engine.running, kept)
+        watch.start()
+    return Runtime(folder, config, plan, model, store, reader, engine, setup, watch)
 
 
 def make_store(

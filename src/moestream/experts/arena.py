@@ -7,7 +7,8 @@ first and last block, so every byte range gets an area of ``area_nbytes(nbytes)`
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from moestream.experts.reader import BLOCK, DEST, FILE, NBYTES, OFFSET, TICKET, 
 
 U8 = npt.NDArray[np.uint8]
 HUGE = 2 << 20
+# Linux frees the pages at once; elsewhere that advice only lets the system swap them, and MADV_FREE lets it take them.
+_GIVE_BACK: int | None = getattr(mmap, "MADV_DONTNEED" if sys.platform == "linux" else "MADV_FREE", None)
 LOAD_PIECE = 64 << 20
 """Bytes per ticket when loading: large enough to fill any disk, small enough for a smooth progress bar."""
 
@@ -33,14 +36,18 @@ def allocate(nbytes: int) -> U8:
 
     Direct reads into huge pages are 2 to 3 times as fast: fewer pages to pin for each read.
     """
+    memory, start = _map(nbytes)
+    return np.frombuffer(memory, np.uint8)[start : start + nbytes]
+
+
+def _map(nbytes: int) -> tuple[mmap.mmap, int]:
+    """What ``allocate`` gives, as a mapping and where in it the aligned bytes start."""
     memory = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     if hasattr(mmap, "MADV_DONTFORK"):  # a fork during a direct read would leave the bytes in the wrong copy of a page
         memory.madvise(mmap.MADV_DONTFORK)
-    array = np.frombuffer(memory, np.uint8)
-    start = -array.ctypes.data % HUGE
-    return array[start : start + nbytes]
+    return memory, -np.frombuffer(memory, np.uint8).ctypes.data % HUGE
 
 
 class Arena:
@@ -54,8 +61,18 @@ class Arena:
     def __init__(self, slots: int, slot_nbytes: int) -> None:
         self.slots = slots
         self.slot_nbytes = (slot_nbytes + BLOCK - 1) // BLOCK * BLOCK
-        self.memory = allocate(slots * self.slot_nbytes)
+        self._map, self._start = _map(slots * self.slot_nbytes)
+        self.memory: U8 = np.frombuffer(self._map, np.uint8)[self._start :][: slots * self.slot_nbytes]
         self.address = self.memory.ctypes.data
+
+    def discard(self, slots: Iterable[int]) -> None:
+        """Give the memory of slots whose bytes nobody needs back to the system; it is taken again when written."""
+        for slot in slots:
+            first = self._start + slot * self.slot_nbytes
+            start = first + -first % mmap.PAGESIZE
+            whole = (first + self.slot_nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+            if whole > 0 and _GIVE_BACK is not None:
+                self._map.madvise(_GIVE_BACK, start, whole)
 
 
 def load_extents(

@@ -5,12 +5,15 @@ Shape letters: E experts of the layer, P parts of an expert, G ranges of one exp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from moestream.checkpoint.encoding import ExpertLayout, ExpertTable
 from moestream.errors import TensorError
 from moestream.experts.arena import Arena, area_nbytes
-from moestream.experts.reader import BLOCK, DEST, FILE, NBYTES, OFFSET
+from moestream.experts.reader import BLOCK, DEST, FILE, NBYTES, OFFSET, Reader
 from moestream.ops.base import I64
 
 
@@ -61,3 +64,24 @@ class LayerPlan:
             start, end = start // BLOCK * BLOCK, -(-end // BLOCK) * BLOCK
         nbytes: list[int] = (end - start).sum(axis=1).tolist()
         return nbytes
+
+
+def slot_nbytes(tables: Sequence[ExpertTable | None]) -> int:
+    """Bytes of a slot that can hold any expert of any layer."""
+    return max((LayerPlan(i, 0, t).slot_nbytes for i, t in enumerate(tables) if t is not None), default=BLOCK)
+
+
+def open_files(reader: Reader, files: Sequence[Path], plans: Sequence[LayerPlan], direct: bool) -> list[int]:
+    """Open the files that hold experts, put the reader's ids of them into the plans' rows, and return these.
+
+    Raises:
+        ReadError: a file cannot be opened.
+    """
+    used = sorted({int(file) for plan in plans for file in np.unique(plan.rows[:, :, FILE])})
+    ids = np.full(len(files), -1, np.int64)
+    for file in used:
+        ids[file] = reader.open(files[file], direct)
+    for plan in plans:
+        plan.rows[:, :, FILE] = ids[plan.rows[:, :, FILE]]
+    opened: list[int] = ids[used].tolist()
+    return opened

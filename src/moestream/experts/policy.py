@@ -7,6 +7,7 @@ step needs: a list of distinct keys. Every policy is a table of ``capacity`` slo
     pin / acquire                       what is resident may not be evicted; what is not gets a slot (or None: wait)
     release(keys)                       the bytes were used; the policy decides what stays once nobody pins them
     discard(key)                        the read failed: the slot is free again
+    resize(slots)                       use fewer slots, or those again that were given up
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class LFRU:
         self._weight = [1.0] * layers  # of one use now
         self._total = [_NONE] * layers  # decayed tokens, in the same unit as the scores
         self._free = list(range(capacity - 1, -1, -1))
+        self._retired: list[int] = []
         self._heaps: list[list[tuple[float, int]]] = [[] for _ in range(layers)]  # (score once, key), evictable keys
         self._in_heap = bytearray(len(layer_of_key))
         self._lowest = [_EMPTY] * layers  # probability of each heap's top; of a stale one a lower bound
@@ -181,6 +183,27 @@ class LFRU:
             if victim is None:
                 return
             self._evict(victim)
+
+    def resize(self, slots: int) -> list[int]:
+        """Use so many slots, of those it was made with, as far as what is pinned allows.
+
+        Returns:
+            The slots given up, which hold nothing any more: the least probable keys went.
+        """
+        given_up: list[int] = []
+        while self.capacity > slots:
+            if not self._free:
+                victim = self._victim()
+                if victim is None:
+                    break
+                self._evict(victim)
+            given_up.append(self._free.pop())
+            self.capacity -= 1
+        self._retired += given_up
+        while self.capacity < slots and self._retired:
+            self._free.append(self._retired.pop())
+            self.capacity += 1
+        return given_up
 
     def discard(self, key: int) -> None:
         """Free the slot of a key whose bytes did not arrive, whoever pins it."""

@@ -18,9 +18,9 @@ from moestream.config import CacheMode
 from moestream.experts.arena import Arena
 from moestream.experts.flight import Flight
 from moestream.experts.governor import Governor
-from moestream.experts.layer_plan import LayerPlan
+from moestream.experts.layer_plan import LayerPlan, open_files
 from moestream.experts.policy import LANDING_SLOTS, LFRU, LRU, NO_SLOT, SWEEP_ROWS, landing_slots
-from moestream.experts.reader import BLOCK, FILE, Reader
+from moestream.experts.reader import BLOCK, Reader
 from moestream.experts.resident import Residents, ResidentStream, uses
 from moestream.experts.stats import StoreStats
 from moestream.experts.stream import ExpertStream
@@ -35,11 +35,6 @@ more."""
 SWEEP_PIECES = 1000
 """In a sweep alone nothing goes before anything: as many as the reader has threads."""
 _POLL_SECONDS = 0.5  # a longer wait would delay Ctrl-C
-
-
-def slot_nbytes(tables: Sequence[ExpertTable | None]) -> int:
-    """Bytes of a slot that can hold any expert of any layer."""
-    return max((LayerPlan(i, 0, t).slot_nbytes for i, t in enumerate(tables) if t is not None), default=BLOCK)
 
 
 class ExpertStore:
@@ -57,6 +52,8 @@ class ExpertStore:
 
     Attributes:
         on_route: Told the layer and the router's choice [T, k] before they are streamed; for recording.
+        slots: How many of the slots to use, from the next layer on; the system gets the others' memory. Any thread may
+            set it.
 
     Raises:
         ReadError: a file cannot be opened.
@@ -82,8 +79,11 @@ class ExpertStore:
         for layer, table in enumerate(tables):
             self._plans.append(None if table is None else LayerPlan(layer, len(layer_of_key), table))
             layer_of_key += [layer] * (0 if table is None else table.num_experts)
-        self._open(files, direct=mode in ("arena", "none"))
-        self.arena = Arena(slots, max((p.slot_nbytes for p in self._plans if p is not None), default=BLOCK))
+        plans = [plan for plan in self._plans if plan is not None]
+        self._files = open_files(reader, files, plans, direct=mode in ("arena", "none"))
+        self._nbytes = [nbytes for plan in plans for nbytes in plan.disk_nbytes(self.direct)]  # by key
+        self.slots = slots
+        self.arena = Arena(slots, max((plan.slot_nbytes for plan in plans), default=BLOCK))
         reader.attach(self.arena.memory)
         self._layer_of_key = layer_of_key
         self.policy = self._make_policy()
@@ -105,28 +105,16 @@ class ExpertStore:
     def reader(self, reader: Reader) -> None:
         self._flight.reader = reader
 
-    def _open(self, files: Sequence[Path], direct: bool) -> None:
-        """Open the files that hold experts and put the reader's ids in the rows."""
-        plans = [p for p in self._plans if p is not None]
-        used = sorted({int(file) for plan in plans for file in np.unique(plan.rows[:, :, FILE])})
-        ids = np.full(len(files), -1, np.int64)
-        for file in used:
-            ids[file] = self.reader.open(files[file], direct)
-        for plan in plans:
-            plan.rows[:, :, FILE] = ids[plan.rows[:, :, FILE]]
-        self._files: list[int] = ids[used].tolist()
-        self._nbytes = [nbytes for plan in plans for nbytes in plan.disk_nbytes(self.direct)]  # by key
-
     def _make_policy(self) -> LFRU:
         if self.mode in ("page", "none"):
             return LRU(self.arena.slots, self._layer_of_key, reserve=self.arena.slots)
-        return LFRU(self.arena.slots, self._layer_of_key, self._reserve(1))
+        return LFRU(self.arena.slots, self._layer_of_key, landing_slots(self.arena.slots, len(self._layer_of_key)))
 
     def _reserve(self, rows: int) -> int:
         """Slots to keep free in a step of so many rows."""
         if self.mode in ("page", "none"):
-            return self.arena.slots
-        return landing_slots(self.arena.slots, len(self._layer_of_key), rows)
+            return self.policy.capacity
+        return landing_slots(self.policy.capacity, len(self._layer_of_key), rows)
 
     def stream(self, layer: int, ids: I32) -> ExpertStream | ResidentStream:
         """Submit every read that the layer needs, as far as slots allow; iterate the result for the waves.
@@ -146,6 +134,8 @@ class ExpertStore:
             raise ValueError(f"layer {layer} has no experts")
         if self.on_route is not None:
             self.on_route(layer, ids)
+        if self.policy.capacity != self.slots:
+            self.resize()
         self._begin(layer, len(ids))
         self._stream_began = time.perf_counter()
         # a sweep comes in waves of few experts, whose hidden values stay in cache
@@ -177,10 +167,20 @@ class ExpertStore:
         """Keep free what the step needs, besides what the pass at rest has not used yet, and give its reads way."""
         reserve = self._reserve(self._turn.rows)
         if reserve and self._rested is not None:  # where all experts fit, none may be evicted
-            reserve = min(self.arena.slots, reserve + self.policy.unused())
+            reserve = min(self.policy.capacity, reserve + self.policy.unused())
         self.policy.reserve = reserve
         self.policy.release(())
         self.reader.limit_prefetch(SWEEP_PIECES if self._sweeps() else PIECES_AHEAD)
+
+    def resize(self) -> None:
+        """Use as many slots as ``slots`` says, as far as a pass at rest allows; only while no wave is in use."""
+        slots, policy = self.slots, self.policy
+        if slots < len(self._layer_of_key):
+            self._residents = None  # from now on experts come and go
+        if slots < policy.capacity and self._rested is not None:  # others need some beside what is held for it
+            slots = min(policy.capacity, max(slots, policy.capacity - policy.spare() + LANDING_SLOTS))
+        self.arena.discard(policy.resize(slots))
+        self._make_way()
 
     def _sweeps(self) -> bool:
         """Whether this turn's reads go after all others; not while one at rest waits for this one."""

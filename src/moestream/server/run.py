@@ -112,7 +112,7 @@ def _listen(settings: ServeSettings) -> socket.socket:
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    for name, level in (("moestream.server", logging.INFO), ("uvicorn.error", logging.WARNING)):
+    for name, level in (("moestream", logging.INFO), ("uvicorn.error", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False

@@ -176,7 +176,8 @@ class Commands:
             [
                 f"model     {self._session.model} ({runtime.folder})",
                 f"experts   {config.moe.experts} a layer; {used}",
-                f"context   {runtime.engine.context} tokens; cache {setup.cache}, {setup.slots} slots; {setup.backend}",
+                f"context   {runtime.engine.context} tokens; {setup.backend}",
+                f"cache     {setup.cache}, {runtime.store.slots} slots",
             ]
         )
 
