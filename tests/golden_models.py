@@ -133,13 +133,19 @@ class Golden:
     def checkpoint(self) -> Checkpoint:
         return open_checkpoint(self.folder)
 
-    def model(self, ops: Ops, experts: ExpertSource | None = None) -> Model:
+    def model(self, ops: Ops, experts: ExpertSource | None = None, embed_on_disk: bool = False) -> Model:
         """Load the checkpoint, by default with resident experts."""
         config, names = parse_config(self.checkpoint.config)
         weights = map_weights(self.checkpoint, config, names)
         source = ResidentExperts(self.checkpoint, weights) if experts is None else experts
         return load_model(
-            self.checkpoint, config, weights, ops, source, lambda extents: read_extents(self.checkpoint, extents)
+            self.checkpoint,
+            config,
+            weights,
+            ops,
+            source,
+            lambda extents: read_extents(self.checkpoint, extents),
+            embed_on_disk=embed_on_disk,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moestream.checkpoint.encoding import MatrixSpec
 from moestream.config import RunConfig, format_size
 from moestream.errors import BudgetError, ConfigError
 from moestream.experts.arena import area_nbytes
@@ -45,6 +46,8 @@ class MemoryPlan:
     """Resident memory of the process before loading, plus what the runtime will add."""
     dense: int
     """Weights that stay resident, as the backend holds them."""
+    embed_on_disk: bool
+    """The embedding table is not among them: rows are read when they are needed, as a token uses one of them."""
     states: int
     """KV caches and delta-net states: of at least one sequence of ``context`` tokens, shared by all that run."""
     scratch: int
@@ -116,7 +119,9 @@ def plan_memory(
     active = run.active_experts or config.moe.active
     tables = weights.experts
     slot = slot_nbytes(list(tables.values()))
-    resident = {"baseline": rss() + RUNTIME_NBYTES, "dense": _dense_nbytes(weights, ops)}
+    matrices = {spec.name: _matrix_nbytes(spec, ops) for spec in weights.matrices()}
+    dense = sum(matrices.values()) + _vectors_nbytes(weights)
+    resident = {"baseline": rss() + RUNTIME_NBYTES, "dense": dense}
     sequence = context * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)
 
     prefixes = budget // PREFIX_SHARE if run.prefix_cache is None else run.prefix_cache
@@ -140,6 +145,9 @@ def plan_memory(
     if run.cache in ("page", "none") and tables:  # slots only receive the reads of one layer
         wanted = min(config.moe.experts, max(active * batch, run.io_threads))
     streamed = min(wanted, left_with(CHUNK) // slot) < experts
+    embed_on_disk = streamed and weights.head is not None
+    if embed_on_disk:
+        resident["dense"] -= matrices[weights.embed.name]
     chunk = run.prefill_chunk or _choose_chunk(left_with, minimum * slot, streamed)
     fixed, left = fixed_with(states, chunk), left_with(chunk)
     if left < minimum * slot:
@@ -147,6 +155,7 @@ def plan_memory(
     return MemoryPlan(
         budget=budget,
         **fixed,
+        embed_on_disk=embed_on_disk,
         slot_nbytes=slot,
         slots=min(wanted, left // slot) if tables else 0,
         slots_minimum=minimum,
@@ -172,14 +181,17 @@ def _choose_chunk(left_with: Callable[[int], int], least: int, streamed: bool) -
     return next((chunk for chunk in (CHUNK, *SMALL_CHUNKS) if left_with(chunk) >= least), SMALL_CHUNKS[-1])
 
 
-def _dense_nbytes(weights: WeightMap, ops: Ops) -> int:
-    """Resident weights: raw parts as ``load_extents`` places them, and small vectors as float32."""
-    total = sum(area_nbytes(part.nbytes) for spec in weights.matrices() for part in spec.parts)
+def _matrix_nbytes(spec: MatrixSpec, ops: Ops) -> int:
+    """A resident matrix: raw parts as ``load_extents`` places them, decoded besides by the reference."""
+    decoded = spec.layout.rows * spec.layout.cols * FLOAT32 if ops.name == "reference" else 0
+    return decoded + sum(area_nbytes(part.nbytes) for part in spec.parts)
+
+
+def _vectors_nbytes(weights: WeightMap) -> int:
+    total = 0
     for layer in weights.layers:
         vectors = [layer.mixer_norm, layer.mlp_norm, *layer.mixer.vectors.values(), *layer.mlp.vectors.values()]
         total += sum(entry.nbytes for entry in vectors) * 2  # bf16 becomes float32
-    if ops.name == "reference":
-        total += sum(spec.layout.rows * spec.layout.cols for spec in weights.matrices()) * FLOAT32
     return total
 
 

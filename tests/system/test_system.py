@@ -115,7 +115,7 @@ def test_default_budget_leaves_room():
     assert system.rss() * 0.5 < budget < psutil.virtual_memory().total + system.rss()
 
 
-@pytest.mark.parametrize(("available", "kept"), [(0, 0), (4_000_000_000, 600_000_000), (200_000_000_000, 1_500_000_000)])
+@pytest.mark.parametrize(("available", "kept"), [(0, 0), (4_000, 600), (10**12, 1_500_000_000)])
 def test_what_is_kept_free(available, kept):
     assert system.kept_free(available) == kept
 

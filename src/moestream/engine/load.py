@@ -124,7 +124,7 @@ def load_runtime(
     try:
         store = make_store(checkpoint, weights, config, plan.slots, run.cache, reader)
         read = _resident_reader(checkpoint, reader, progress)
-        model = load_model(checkpoint, config, weights, ops, store, read, run.active_experts)
+        model = load_model(checkpoint, config, weights, ops, store, read, run.active_experts, plan.embed_on_disk)
         model.read_ahead = None if run.prefetch == "off" else store
     except BaseException:
         reader.close()

@@ -129,8 +129,12 @@ class Reader(Protocol):
 def read_error(reader: Reader, failure: ReadFailure) -> ReadError:
     """Turn a failure into an error that names file, offset and reason."""
     path = reader.path(failure.file)
-    if failure.code:
-        reason = os.strerror(failure.code)
-    else:
-        reason = f"the file ends there ({reader.size(failure.file)} bytes): it is truncated or still being written"
-    return ReadError(f"{path}: cannot read at offset {failure.offset}: {reason}")
+    if not failure.code:
+        return ended_early(path, failure.offset, reader.size(failure.file))
+    return ReadError(f"{path}: cannot read at offset {failure.offset}: {os.strerror(failure.code)}")
+
+
+def ended_early(path: Path, offset: int, nbytes: int) -> ReadError:
+    """The error for a file of ``nbytes`` that should reach beyond an offset."""
+    reason = f"the file ends there ({nbytes} bytes): it is truncated or still being written"
+    return ReadError(f"{path}: cannot read at offset {offset}: {reason}")

@@ -11,6 +11,7 @@ from moestream.checkpoint.index import Checkpoint
 from moestream.checkpoint.safetensors import TensorEntry
 from moestream.models.blocks import Attention, DeltaNet, DenseMlp, ExpertSource, Mixer, Mlp, Moe, SwiGlu
 from moestream.models.config import ModelConfig
+from moestream.models.embedding import Embedding, TableOnDisk
 from moestream.models.model import Layer, Model, Weights
 from moestream.models.weights import BlockWeights, LayerWeights, WeightMap
 from moestream.ops.base import F32, U8, AttentionParams, DeltaNetParams, Matrix, Ops
@@ -27,6 +28,7 @@ def load_model(
     experts: ExpertSource,
     read: ReadExtents,
     active_experts: int | None = None,
+    embed_on_disk: bool = False,
 ) -> Model:
     """Make a checkpoint runnable.
 
@@ -38,23 +40,30 @@ def load_model(
         experts: where routed experts come from.
         read: reads every resident matrix in one call.
         active_experts: experts per token if not the model's own k (lossy).
+        embed_on_disk: read the embedding's rows when they are needed; not for a table that is the head, too.
 
     Raises:
         ReadError: the disk failed or a file became shorter.
         ConfigError: ``active_experts`` is more than the model has.
     """
-    specs = list(weights.matrices())
+    specs = list(weights.matrices(embed=not embed_on_disk))
     arrays = iter(read([extent for spec in specs for extent in spec.parts]))
     matrices = {spec.name: ops.matrix(spec.layout, [next(arrays) for _ in spec.parts]) for spec in specs}
     build = _Builder(checkpoint, config, weights, matrices, ops)
-    embed = matrices[weights.embed.name]
-    resident = Weights(
-        embed=embed,
+    joined = Weights(
+        embed=_embedding(checkpoint, weights, matrices, ops),
         layers=tuple(build.layer(layer) for layer in weights.layers),
         norm=build.norm(weights.norm),
-        head=embed if weights.head is None else matrices[weights.head.name],
+        head=matrices[(weights.head or weights.embed).name],
     )
-    return Model(config, ops, resident, experts, active_experts)
+    return Model(config, ops, joined, experts, active_experts)
+
+
+def _embedding(checkpoint: Checkpoint, weights: WeightMap, matrices: dict[str, Matrix], ops: Ops) -> Embedding:
+    table = matrices.get(weights.embed.name)
+    if table is None:
+        return TableOnDisk(weights.embed, checkpoint.files, ops)
+    return lambda batch: ops.embed(batch.ids, table)
 
 
 class _Builder:

@@ -14,6 +14,7 @@ from moestream.errors import ConfigError
 from moestream.models.batch import Batch
 from moestream.models.blocks import ExpertSource, Mixer, Mlp, Moe, ReadAhead, RouterOverride, Scratch, Step
 from moestream.models.config import ModelConfig
+from moestream.models.embedding import Embedding
 from moestream.models.states import SequenceStates
 from moestream.ops.base import F32, I32, Matrix, Ops
 
@@ -28,9 +29,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Everything of a model that stays resident."""
+    """Everything of a model but its routed experts."""
 
-    embed: Matrix  # [V, H]
+    embed: Embedding
     layers: tuple[Layer, ...]
     norm: F32  # [H]
     head: Matrix  # [V, H]
@@ -134,7 +135,7 @@ class Model:
         predictable = self.router_override is None or self.predict_override is not None
         look_ahead = self._look_ahead if self.read_ahead is not None and predictable else None
         step = Step(ops, self.experts, self.active_experts, self.router_override, batch, cos, sin, scratch, look_ahead)
-        x = ops.embed(batch.ids, self._weights.embed)
+        x = self._weights.embed(batch)
         rests = not batch.decodes
         for i, layer in enumerate(self._weights.layers):
             if rests and i:

@@ -52,9 +52,10 @@ class WeightMap:
     norm_offset: float
     """Added to stored norm weights: 1 where the file holds w of 1 + w."""
 
-    def matrices(self) -> Iterator[MatrixSpec]:
-        """Every resident matrix once, in the order of use."""
-        yield self.embed
+    def matrices(self, embed: bool = True) -> Iterator[MatrixSpec]:
+        """Every matrix but those of routed experts once, in the order of use; ``embed``: the embedding table, too."""
+        if embed:
+            yield self.embed
         for layer in self.layers:
             yield from layer.mixer.matrices.values()
             yield from layer.mlp.matrices.values()
@@ -63,7 +64,7 @@ class WeightMap:
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of the resident matrices as stored."""
+        """Bytes of these matrices as stored."""
         return sum(spec.layout.nbytes for spec in self.matrices())
 
 
