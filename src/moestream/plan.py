@@ -14,6 +14,7 @@ from moestream.config import RunConfig, format_size
 from moestream.errors import BudgetError, ConfigError
 from moestream.experts.arena import area_nbytes
 from moestream.experts.layer_plan import slot_nbytes
+from moestream.experts.policy import SWEEP_ROWS
 from moestream.models.config import ModelConfig
 from moestream.models.states import nbytes_fixed, nbytes_per_token
 from moestream.models.weights import WeightMap
@@ -33,7 +34,7 @@ STREAMED_CHUNKS = (2048, 1024)
 """Tried in turn where experts are streamed: twice the tokens for the same reads."""
 SMALL_CHUNKS = (256, 128)
 """Tried where the working memory of others does not fit."""
-SCRATCH_SHARE = 8  # a larger chunk leaves the experts seven eighths of what they have with CHUNK
+SCRATCH_SHARE = 4  # a sweep leaves the experts three quarters of what they have without
 RUNTIME_NBYTES = 48 << 20  # interpreter growth, thread stacks and kernel scratch after the plan is made
 
 
@@ -51,7 +52,9 @@ class MemoryPlan:
     states: int
     """KV caches and delta-net states: of at least one sequence of ``context`` tokens, shared by all that run."""
     scratch: int
-    """Activations, expert outputs and logits of the largest step."""
+    """Activations, expert outputs and logits of the largest step, without what is borrowed."""
+    borrowed: int
+    """What a sweep of ``prefill_chunk`` tokens needs besides, of the slots' memory while it runs."""
     prefixes: int
     """States of what prompts begin with."""
     slot_nbytes: int
@@ -73,6 +76,12 @@ class MemoryPlan:
     def arena(self) -> int:
         """Bytes of all slots."""
         return self.slots * self.slot_nbytes
+
+    def borrowed_slots(self, rows: int) -> int:
+        """Slots that lend their memory to passes of so many rows together."""
+        first = SWEEP_ROWS + self.max_batch
+        share = (rows - first) / max(1, self.prefill_chunk + self.max_batch - first)
+        return -int(-self.borrowed * min(1.0, max(0.0, share)) // self.slot_nbytes)
 
     @property
     def streamed(self) -> int:
@@ -113,9 +122,7 @@ def plan_memory(
         ConfigError: the context is longer than the model's.
     """
     budget = budget or run.ram or default_budget()
-    context = run.context or min(config.max_positions, DEFAULT_CONTEXT)
-    if context > config.max_positions:
-        raise ConfigError(f"context is {context}, the model was trained for {config.max_positions} positions")
+    context = _context(config, run)
     active = run.active_experts or config.moe.active
     tables = weights.experts
     slot = slot_nbytes(list(tables.values()))
@@ -128,15 +135,17 @@ def plan_memory(
     experts = len(tables) * config.moe.experts
     minimum = active if tables else 0
 
-    def fixed_with(states: int, chunk: int) -> dict[str, int]:
-        scratch = _scratch_nbytes(config, chunk, batch, active)
+    def scratch_of(chunk: int) -> int:
+        return _scratch_nbytes(config, chunk, batch, active)
+
+    def fixed_with(states: int, scratch: int) -> dict[str, int]:
         return {**resident, "states": states, "scratch": scratch, "prefixes": prefixes}
 
-    def left_with(chunk: int) -> int:
-        return budget - sum(fixed_with(states, chunk).values())
+    def left_with(scratch: int) -> int:
+        return budget - sum(fixed_with(states, scratch).values())
 
     full = batch = run.max_batch or DEFAULT_BATCH
-    while full > 1 and not _leaves_room(budget, fixed_with(full * sequence, run.prefill_chunk or CHUNK)):
+    while full > 1 and not _leaves_room(budget, fixed_with(full * sequence, scratch_of(run.prefill_chunk or CHUNK))):
         full -= 1
     short = min(context, SHORT) * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)
     states = max(full * sequence, (run.max_batch or 1) * short)
@@ -144,18 +153,23 @@ def plan_memory(
     wanted = experts if most_slots is None else max(minimum, min(experts, most_slots))
     if run.cache in ("page", "none") and tables:  # slots only receive the reads of one layer
         wanted = min(config.moe.experts, max(active * batch, run.io_threads))
-    streamed = min(wanted, left_with(CHUNK) // slot) < experts
+    streamed = min(wanted, left_with(scratch_of(CHUNK)) // slot) < experts
     embed_on_disk = streamed and weights.head is not None
     if embed_on_disk:
         resident["dense"] -= matrices[weights.embed.name]
-    chunk = run.prefill_chunk or _choose_chunk(left_with, minimum * slot, streamed)
-    fixed, left = fixed_with(states, chunk), left_with(chunk)
+    chunk = run.prefill_chunk or _choose_chunk(lambda n: left_with(scratch_of(n)), minimum * slot, streamed)
+    scratch, borrowed = scratch_of(chunk), 0
+    if streamed and run.cache in ("arena", "hybrid"):
+        least = scratch_of(min(chunk, SWEEP_ROWS))
+        borrowed = _lendable(left_with(least), minimum * slot, scratch - least)
+    fixed, left = fixed_with(states, scratch - borrowed), left_with(scratch - borrowed)
     if left < minimum * slot:
         raise _too_small(budget, fixed, minimum * slot, context)
     return MemoryPlan(
         budget=budget,
         **fixed,
         embed_on_disk=embed_on_disk,
+        borrowed=borrowed,
         slot_nbytes=slot,
         slots=min(wanted, left // slot) if tables else 0,
         slots_minimum=minimum,
@@ -167,11 +181,19 @@ def plan_memory(
     )
 
 
+def _context(config: ModelConfig, run: RunConfig) -> int:
+    """Tokens of the longest sequence."""
+    context = run.context or min(config.max_positions, DEFAULT_CONTEXT)
+    if context > config.max_positions:
+        raise ConfigError(f"context is {context}, the model was trained for {config.max_positions} positions")
+    return context
+
+
 def _choose_chunk(left_with: Callable[[int], int], least: int, streamed: bool) -> int:
     """The tokens of a sweep for what a chunk leaves to the experts, who need ``least`` bytes.
 
     A sweep of so many tokens asks for most experts of every layer, so where they are streamed it reads about as much
-    whatever its length: the longest whose working memory is small beside the slots it displaces.
+    whatever its length: the longest whose working memory is small beside the slots that it displaces or borrows.
     """
     most = left_with(CHUNK)
     if streamed:
@@ -179,6 +201,11 @@ def _choose_chunk(left_with: Callable[[int], int], least: int, streamed: bool) -
             if SCRATCH_SHARE * (most - left_with(chunk)) <= most:
                 return chunk
     return next((chunk for chunk in (CHUNK, *SMALL_CHUNKS) if left_with(chunk) >= least), SMALL_CHUNKS[-1])
+
+
+def _lendable(slots: int, least: int, wanted: int) -> int:
+    """Bytes that slots, of which some must stay, lend to a sweep."""
+    return max(0, min(wanted, slots // SCRATCH_SHARE, slots - least))
 
 
 def _matrix_nbytes(spec: MatrixSpec, ops: Ops) -> int:

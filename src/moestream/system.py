@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 import platform
@@ -106,6 +108,12 @@ def default_budget() -> int:
     """Bytes for the whole process when the user names none: what it has, and most of what is left."""
     available = memory().available
     return rss() + available - kept_free(available)
+
+
+def trim_heap() -> None:
+    """Give the system back what the C library keeps of freed memory, where it can be told to (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def file_system(path: Path) -> FileSystem:

@@ -32,6 +32,10 @@ class Store:
         self.capacity = 80
         self.resizes = 0
 
+    @property
+    def usable(self):
+        return self.slots
+
     def resize(self):
         self.capacity = self.slots
         self.resizes += 1

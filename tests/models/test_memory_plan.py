@@ -71,11 +71,11 @@ def test_an_automatic_chunk_is_long_where_experts_are_streamed() -> None:
         budget = base.fixed + int(room * (long.scratch - base.scratch)) + slack
         return planned(tiny, dataclasses.replace(run, **other), budget, most_slots).prefill_chunk
 
-    assert [chosen(room, cache="none") for room in (2, 5, 9)] == [512, 1024, 2048]
-    assert chosen(9, cache="page") == 2048
-    assert (chosen(5, base.experts - 1), chosen(9, base.experts - 1)) == (1024, 2048)
-    assert chosen(9) == 512  # every expert stays in memory
-    assert chosen(9, cache="none", prefill_chunk=300) == 300  # what is asked for wins
+    assert [chosen(room, cache="none") for room in (0.5, 3, 5)] == [512, 1024, 2048]
+    assert chosen(5, cache="page") == 2048
+    assert (chosen(3, base.experts - 1), chosen(5, base.experts - 1)) == (1024, 2048)
+    assert chosen(5) == 512  # every expert stays in memory
+    assert chosen(5, cache="none", prefill_chunk=300) == 300  # what is asked for wins
 
 
 def test_a_small_budget_gets_a_short_chunk() -> None:

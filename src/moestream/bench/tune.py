@@ -307,6 +307,7 @@ class _Tuner:
         store.on_route = lambda layer, ids: self._routed.append((layer, ids.copy()))
         old.model.experts = store
         old.model.read_ahead = None if self._run.prefetch == "off" else store
+        old.model.make_room = None  # these prompts are short
         self.runtime = replace(old, store=store, reader=reader)
 
     def _fill(self, candidate: Candidate, until: float) -> float:

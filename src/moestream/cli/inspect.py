@@ -119,7 +119,11 @@ def lines(f: dict[str, Any]) -> list[str]:
         rows += [
             ("memory", f"{format_size(m['total'])} of a budget of {format_size(m['budget'])}"),
             ("", f"{format_size(m['dense'])} dense, {format_size(m['states'])} states for {m['context']} tokens,"),
-            ("", f"{format_size(m['scratch'])} working memory for sweeps of {m['prefill_chunk']} tokens,"),
+            (
+                "",
+                f"{format_size(m['scratch'])} working memory, {format_size(m['borrowed'])} more in sweeps of "
+                f"{m['prefill_chunk']} tokens, of the slots,",
+            ),
             ("", f"{format_size(m['baseline'])} process,"),
             ("", f"{format_size(m['arena'])} slots: room for {held}"),
         ]

@@ -126,6 +126,7 @@ def load_runtime(
         read = _resident_reader(checkpoint, reader, progress)
         model = load_model(checkpoint, config, weights, ops, store, read, run.active_experts, plan.embed_on_disk)
         model.read_ahead = None if run.prefetch == "off" else store
+        model.make_room = lambda rows: store.lend(plan.borrowed_slots(rows))
     except BaseException:
         reader.close()
         raise

@@ -75,7 +75,7 @@ class MemoryWatch:
 
     def look(self, store: ExpertStore) -> None:
         """Give back what is missing, or take again what others no longer use."""
-        if store.slots != store.policy.capacity:  # not all that was asked for has happened
+        if store.usable != store.policy.capacity:  # not all that was asked for has happened
             self._apply(store)
             return
         available = self._available()

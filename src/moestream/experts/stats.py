@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from moestream.experts.reader import ReaderCounters
+
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
@@ -45,3 +47,35 @@ class StoreStats:
     def overlap(self) -> float:
         """Share of the disk's busy time hidden behind computation."""
         return min(1.0, max(0.0, 1.0 - self.stall_seconds / self.busy_seconds)) if self.busy_seconds else 1.0
+
+
+@dataclass(slots=True)
+class Account:
+    """What a store counts itself; the rest is the reader's."""
+
+    hits: int = 0
+    hits_ahead: int = 0
+    misses: int = 0
+    failed: int = 0
+    needed: int = 0
+    """Bytes of experts that a layer asked for, read when it did or before."""
+    bytes_ahead: int = 0
+    stall: float = 0.0
+    streaming: float = 0.0
+    """Seconds from a router's choice to the use of its last expert, of streams that have ended or rest."""
+
+    def stats(self, reader: ReaderCounters, running: float) -> StoreStats:
+        """A snapshot; ``running`` is how long the present stream has been under way."""
+        return StoreStats(
+            bytes_read=reader.bytes_disk,
+            bytes_cached=reader.bytes_cached,
+            hits=self.hits,
+            misses=self.misses,
+            failed=self.failed,
+            stall_seconds=self.stall,
+            busy_seconds=reader.busy_seconds,
+            hits_ahead=self.hits_ahead,
+            bytes_ahead=self.bytes_ahead,
+            bytes_wasted=max(0, reader.bytes_disk + reader.bytes_cached - self.needed),
+            stream_seconds=self.streaming + running,
+        )

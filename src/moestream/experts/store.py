@@ -22,7 +22,7 @@ from moestream.experts.layer_plan import LayerPlan, open_files
 from moestream.experts.policy import LANDING_SLOTS, LFRU, LRU, NO_SLOT, SWEEP_ROWS, landing_slots
 from moestream.experts.reader import BLOCK, Reader
 from moestream.experts.resident import Residents, ResidentStream, uses
-from moestream.experts.stats import StoreStats
+from moestream.experts.stats import Account, StoreStats
 from moestream.experts.stream import ExpertStream
 from moestream.experts.turn import Turn
 from moestream.ops.base import I32
@@ -82,7 +82,7 @@ class ExpertStore:
         plans = [plan for plan in self._plans if plan is not None]
         self._files = open_files(reader, files, plans, direct=mode in ("arena", "none"))
         self._nbytes = [nbytes for plan in plans for nbytes in plan.disk_nbytes(self.direct)]  # by key
-        self.slots = slots
+        self.slots, self._lent = slots, 0
         self.arena = Arena(slots, max((plan.slot_nbytes for plan in plans), default=BLOCK))
         reader.attach(self.arena.memory)
         self._layer_of_key = layer_of_key
@@ -92,9 +92,8 @@ class ExpertStore:
         self.governor = Governor()
         self._turn = Turn(len(tables))
         self._rested: Turn | None = None
-        self._hits = self._misses = self._failed = self._hits_ahead = 0
-        self._needed = self._bytes_ahead = 0
-        self._stall = self._streaming = self._stream_began = 0.0
+        self._account = Account()
+        self._stream_began = 0.0
 
     @property
     def reader(self) -> Reader:
@@ -134,7 +133,7 @@ class ExpertStore:
             raise ValueError(f"layer {layer} has no experts")
         if self.on_route is not None:
             self.on_route(layer, ids)
-        if self.policy.capacity != self.slots:
+        if self.policy.capacity != self.usable:
             self.resize()
         self._begin(layer, len(ids))
         self._stream_began = time.perf_counter()
@@ -156,10 +155,10 @@ class ExpertStore:
         """Notice where a step begins, and let the governor judge the last one of this turn."""
         turn = self._turn
         if layer <= turn.layer:
-            turn.dry = turn.rows > 0 and self._needed == turn.needed_before
+            turn.dry = turn.rows > 0 and self._account.needed == turn.needed_before
             if 0 < turn.rows < SWEEP_ROWS and not turn.dry:
                 self.governor.step_ended(turn.ended - turn.began)
-            turn.rows, turn.began, turn.needed_before = rows, time.perf_counter(), self._needed
+            turn.rows, turn.began, turn.needed_before = rows, time.perf_counter(), self._account.needed
             self._make_way()
         turn.layer = layer
 
@@ -172,9 +171,20 @@ class ExpertStore:
         self.policy.release(())
         self.reader.limit_prefetch(SWEEP_PIECES if self._sweeps() else PIECES_AHEAD)
 
+    @property
+    def usable(self) -> int:
+        """Slots to use from the next layer on."""
+        return max(1, self.slots - self._lent)
+
+    def lend(self, slots: int) -> None:
+        """Do without the memory of so many slots until told otherwise: a pass that begins now needs it."""
+        self._lent = slots
+        if self.policy.capacity != self.usable:
+            self.resize()
+
     def resize(self) -> None:
-        """Use as many slots as ``slots`` says, as far as a pass at rest allows; only while no wave is in use."""
-        slots, policy = self.slots, self.policy
+        """Use as many slots as are usable, as far as a pass at rest allows; only while no wave is in use."""
+        slots, policy = self.usable, self.policy
         if slots < len(self._layer_of_key):
             self._residents = None  # from now on experts come and go
         if slots < policy.capacity and self._rested is not None:  # others need some beside what is held for it
@@ -216,7 +226,7 @@ class ExpertStore:
     def _set_aside(self, turn: Turn) -> None:
         if turn.stream is not None:
             turn.stream.pause()
-            self._streaming += time.perf_counter() - self._stream_began
+            self._account.streaming += time.perf_counter() - self._stream_began
         if self.policy.spare() < LANDING_SLOTS:
             self._drop_guesses(turn)
         self._turn, self._rested = Turn(len(self._plans)), turn
@@ -304,21 +314,8 @@ class ExpertStore:
 
     def stats(self) -> StoreStats:
         """A snapshot; subtract an earlier one."""
-        c = self.reader.counters()
         running = time.perf_counter() - self._stream_began if self._turn.stream is not None else 0.0
-        return StoreStats(
-            bytes_read=c.bytes_disk,
-            bytes_cached=c.bytes_cached,
-            hits=self._hits,
-            misses=self._misses,
-            failed=self._failed,
-            stall_seconds=self._stall,
-            busy_seconds=c.busy_seconds,
-            hits_ahead=self._hits_ahead,
-            bytes_ahead=self._bytes_ahead,
-            bytes_wasted=max(0, c.bytes_disk + c.bytes_cached - self._needed),
-            stream_seconds=self._streaming + running,
-        )
+        return self._account.stats(self.reader.counters(), running)
 
     def close(self) -> None:
         """End all streams, drop what is read ahead and give the memory back."""
@@ -351,15 +348,15 @@ class ExpertStore:
         if self._rested is not None:
             used |= self._rested.give(keys)
         nbytes = sum(self._nbytes[key] for key in used)
-        self._needed += nbytes
-        self._bytes_ahead += nbytes
-        self._hits_ahead += len(used)
+        self._account.needed += nbytes
+        self._account.bytes_ahead += nbytes
+        self._account.hits_ahead += len(used)
         self.promote(keys)
         return used
 
     def promote(self, keys: Sequence[int]) -> None:
         """Somebody waits for these keys now: what is on its way comes first."""
-        self._bytes_ahead += sum(self._nbytes[key] for key in self._flight.promote(keys))
+        self._account.bytes_ahead += sum(self._nbytes[key] for key in self._flight.promote(keys))
 
     def read_ahead(self) -> bool:
         """Read predicted experts into slots that hold nothing; True if more of them would be welcome."""
@@ -392,17 +389,17 @@ class ExpertStore:
         """Wait for a read to end and sort what came; False if nothing did."""
         start = time.perf_counter()
         landed, failed = self._flight.poll(timeout)
-        self._stall += time.perf_counter() - start
+        self._account.stall += time.perf_counter() - start
         for read in landed:
             if self._residents is not None:
                 self._residents.landed(read.key, self.policy.slot_of[read.key])
             if not read.ahead:
-                self._needed += self._nbytes[read.key]
+                self._account.needed += self._nbytes[read.key]
             if not any([turn.take(read.key) for turn in self._turns()]):  # all of them are told
                 self.policy.release([read.key])  # its layer's turn is over
         for read, failure in failed:
             self.policy.discard(read.key)
-            self._failed += not read.ahead  # else nobody needs it: whoever does will read it again and be told
+            self._account.failed += not read.ahead  # else nobody needs it: whoever does will read it again and be told
             for turn in self._turns():
                 turn.lose(read.key, failure)
         return bool(landed or failed)
@@ -429,8 +426,8 @@ class ExpertStore:
 
     def count(self, hits: int, misses: int) -> None:
         """A layer's experts were looked up."""
-        self._hits += hits
-        self._misses += misses
+        self._account.hits += hits
+        self._account.misses += misses
 
     def is_active(self, stream: ExpertStream) -> bool:
         """Whether it is the latest stream of a pass and has not ended."""
@@ -440,7 +437,7 @@ class ExpertStore:
         """A stream waits for nothing any more."""
         if self._turn.stream is stream:
             self._turn.ended = time.perf_counter()
-            self._streaming += self._turn.ended - self._stream_began
+            self._account.streaming += self._turn.ended - self._stream_began
         for turn in self._turns():
             if turn.stream is stream:
                 turn.stream = None

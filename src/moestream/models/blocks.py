@@ -29,7 +29,10 @@ from moestream.ops.base import (
     RouteStep,
     Wave,
 )
+from moestream.system import trim_heap
 
+FEW_ROWS = 512
+"""Rows of expert outputs that any pass may keep."""
 RouterOverride = Callable[[int, int], I32]
 """(layer, T) -> expert ids [T, k] to use instead of the router's choice."""
 
@@ -86,9 +89,15 @@ class Step:
 
 @dataclass(slots=True)
 class Scratch:
-    """Memory for expert outputs, reused by all layers of a pass."""
+    """Memory for expert outputs, reused by all layers of a pass and by passes that need about as much."""
 
     rows: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    def fit(self, rows: int) -> None:
+        """Give memory back that a pass of so many rows leaves unused for the most part."""
+        if len(self.rows) > max(2 * rows, FEW_ROWS):
+            self.rows = np.empty((0, 0), np.float32)
+            trim_heap()
 
     def take(self, rows: int, cols: int) -> F32:
         """Uninitialised [rows, cols], valid until the next call."""

@@ -46,6 +46,7 @@ class Model:
         observe: called with (layer, residual [T, H]) after each layer; for tests.
         router_override: imposes expert ids; for benchmarks that need a given routing.
         read_ahead: told what the next layer will probably choose; None: nothing is predicted.
+        make_room: told how many rows are under way as a pass begins; what it needs memory for must have room then.
         predict_override: imposes predictions, as ``router_override`` imposes what they predict; without it an imposed
             routing is not predicted.
     """
@@ -73,8 +74,10 @@ class Model:
         self.router_override: RouterOverride | None = None
         self.read_ahead: ReadAhead | None = None
         self.predict_override: RouterOverride | None = None
+        self.make_room: Callable[[int], None] | None = None
         self._weights = weights
         self._scratch: Scratch | None = None  # while no pass has it
+        self._rows = 0  # of passes that run or rest
         pairs = np.arange(0, config.attention.rotary_dim, 2)
         self._frequencies = config.attention.rope_theta ** (-pairs / config.attention.rotary_dim)  # [R / 2]
 
@@ -118,9 +121,14 @@ class Model:
         for segment in batch.segments:
             segment.states.reserve(segment.length)
         scratch, self._scratch = self._scratch or Scratch(), None
+        self._rows += len(batch.ids)
         try:
+            scratch.fit(len(batch.ids) * self.active_experts)
+            if self.make_room is not None:
+                self.make_room(self._rows)
             x = yield from self._residual(batch, scratch)
         finally:
+            self._rows -= len(batch.ids)
             self._scratch = scratch
         logits = self._logits(x, batch.logits_rows)
         for segment in batch.segments:
