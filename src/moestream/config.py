@@ -34,7 +34,7 @@ class RunConfig:
     active_experts: int | None = None
     """Use fewer experts than the model was trained with (lossy)."""
     prefill_chunk: int | None = None
-    """Tokens of a prompt processed in one sweep over the layers, at most; None: by ``plan.prefill_chunk``, up to 2,048
+    """Tokens of a prompt processed in one sweep over the layers, at most; None: by ``plan.prefill_chunk``, up to 4,096
     where experts are streamed, because a sweep reads each expert at most once."""
     max_decode_stall: int | None = None
     """Milliseconds that a prompt may keep replies waiting before its sweep rests; None: until its chunk is read."""

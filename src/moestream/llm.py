@@ -126,7 +126,7 @@ class LLM:
             cache: ``arena``, ``hybrid``, ``page`` or ``none``; None: the stored plan's, or ``arena``.
             exact: Float32 activations and KV cache.
             active_experts: Experts per token, fewer than the model's own (lossy, named in every receipt).
-            prefill_chunk: Prompt tokens of one sweep, at most; None: 512, up to 2,048 where experts are streamed.
+            prefill_chunk: Prompt tokens of one sweep, at most; None: 512, up to 4,096 where experts are streamed.
             max_batch: Sequences decoded together; None: up to 8, see ``RunConfig``.
             max_decode_stall: Milliseconds that a prompt may keep other replies waiting; None: until its chunk is read.
             context: Tokens a sequence may have; None: min(the model's limit, 8192).

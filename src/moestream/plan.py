@@ -30,8 +30,8 @@ LIVE_RESIDUALS = 6  # arrays [T, H] alive at once: residual, normed, mixer or sh
 PREFIX_SHARE = 16  # part of the budget for prefixes where their memory is not given
 CHUNK = 512
 """Tokens of a sweep where every expert stays in memory: larger ones gain little and keep other sequences waiting."""
-STREAMED_CHUNKS = (2048, 1024)
-"""Tried in turn where experts are streamed: twice the tokens for the same reads."""
+STREAMED_CHUNKS = (4096, 2048, 1024)
+"""Tried in turn where experts are streamed: twice the tokens for the same reads. Longer ones keep newcomers waiting."""
 SMALL_CHUNKS = (256, 128)
 """Tried where the working memory of others does not fit."""
 SCRATCH_SHARE = 4  # a sweep leaves the experts three quarters of what they have without
@@ -85,8 +85,8 @@ class MemoryPlan:
 
     @property
     def streamed(self) -> int:
-        """Bytes of the experts that have no slot of their own: about what a sweep reads."""
-        return (self.experts - self.slots) * self.slot_nbytes
+        """Bytes of the experts that have no slot of their own while a sweep runs: about what it reads."""
+        return (self.experts - self.slots) * self.slot_nbytes + self.borrowed
 
     @property
     def fixed(self) -> int:
@@ -124,8 +124,7 @@ def plan_memory(
     budget = budget or run.ram or default_budget()
     context = _context(config, run)
     active = run.active_experts or config.moe.active
-    tables = weights.experts
-    slot = slot_nbytes(list(tables.values()))
+    tables, slot = weights.experts, slot_nbytes(list(weights.experts.values()))
     matrices = {spec.name: _matrix_nbytes(spec, ops) for spec in weights.matrices()}
     dense = sum(matrices.values()) + _vectors_nbytes(weights)
     resident = {"baseline": rss() + RUNTIME_NBYTES, "dense": dense}
@@ -153,25 +152,26 @@ def plan_memory(
     wanted = experts if most_slots is None else max(minimum, min(experts, most_slots))
     if run.cache in ("page", "none") and tables:  # slots only receive the reads of one layer
         wanted = min(config.moe.experts, max(active * batch, run.io_threads))
-    streamed = min(wanted, left_with(scratch_of(CHUNK)) // slot) < experts
-    embed_on_disk = streamed and weights.head is not None
+    streams = wanted < experts or left_with(scratch_of(CHUNK)) // slot < experts
+    embed_on_disk = streams and weights.head is not None
     if embed_on_disk:
         resident["dense"] -= matrices[weights.embed.name]
-    chunk = run.prefill_chunk or _choose_chunk(lambda n: left_with(scratch_of(n)), minimum * slot, streamed)
-    scratch, borrowed = scratch_of(chunk), 0
-    if streamed and run.cache in ("arena", "hybrid"):
-        least = scratch_of(min(chunk, SWEEP_ROWS))
-        borrowed = _lendable(left_with(least), minimum * slot, scratch - least)
-    fixed, left = fixed_with(states, scratch - borrowed), left_with(scratch - borrowed)
+        streams = wanted < experts or left_with(scratch_of(CHUNK)) // slot < experts
+    chunk = run.prefill_chunk or _choose_chunk(lambda n: left_with(scratch_of(n)), minimum * slot, streams)
+    scratch, left = scratch_of(chunk), left_with(scratch_of(chunk))
     if left < minimum * slot:
-        raise _too_small(budget, fixed, minimum * slot, context)
+        raise _too_small(budget, fixed_with(states, scratch), minimum * slot, context)
+    borrowed = 0
+    if streams and run.cache not in ("page", "none"):
+        least = scratch_of(min(chunk, SWEEP_ROWS))
+        borrowed = max(0, min(scratch - least, left // (SCRATCH_SHARE - 1), wanted * slot - left))
     return MemoryPlan(
         budget=budget,
-        **fixed,
+        **fixed_with(states, scratch - borrowed),
         embed_on_disk=embed_on_disk,
         borrowed=borrowed,
         slot_nbytes=slot,
-        slots=min(wanted, left // slot) if tables else 0,
+        slots=min(wanted, (left + borrowed) // slot) if tables else 0,
         slots_minimum=minimum,
         experts=experts,
         context=context,
@@ -201,11 +201,6 @@ def _choose_chunk(left_with: Callable[[int], int], least: int, streamed: bool) -
             if SCRATCH_SHARE * (most - left_with(chunk)) <= most:
                 return chunk
     return next((chunk for chunk in (CHUNK, *SMALL_CHUNKS) if left_with(chunk) >= least), SMALL_CHUNKS[-1])
-
-
-def _lendable(slots: int, least: int, wanted: int) -> int:
-    """Bytes that slots, of which some must stay, lend to a sweep."""
-    return max(0, min(wanted, slots // SCRATCH_SHARE, slots - least))
 
 
 def _matrix_nbytes(spec: MatrixSpec, ops: Ops) -> int:

@@ -79,6 +79,31 @@ def test_generates_what_transformers_generates(tiny, exact_ops, disk, slots):
     check_idle(store)
 
 
+def test_sweeps_borrow_slots_and_give_them_back(tiny, exact_ops, disk):
+    """For themselves and for what rests meanwhile; replies do not show it."""
+    engine, store = make(tiny, exact_ops, disk, 20, prefill_chunk=70)
+    asked = []
+
+    def lend_for(rows):
+        asked.append(rows)
+        store.lend(rows // 8)
+
+    engine._model.lend_for = lend_for
+    sequences = []
+    for p in PROMPTS:
+        sequences.append(engine.add(tiny.ids(p)[:-GREEDY], PARAMS))
+        for _ in range(3):
+            engine.step()
+    while not engine.idle:
+        engine.step()
+    for sequence, p in zip(sequences, PROMPTS, strict=True):
+        assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+    assert (min(asked), max(asked)) == (1, 70)
+    assert engine._model._rows == 0
+    assert store.usable == 20
+    check_idle(store)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_who_leaves_at_any_time_takes_nothing_along(tiny, fast_ops, disk, seed):
     """Also where steps are interrupted, while sweeps are at rest and while they run."""

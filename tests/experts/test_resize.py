@@ -85,6 +85,23 @@ def test_a_model_that_fitted_streams_when_it_no_longer_does(disk, reader):  # no
     check_slots(store)
 
 
+def test_what_is_lent_comes_back(disk, reader):  # noqa: F811
+    store = make(disk, reader, 12)
+    rng, sizes = np.random.default_rng(0), []
+    for lent in (0, 5, 2, 100, 0):  # half stays, whatever is asked for
+        store.lend(lent)
+        sizes.append(store.policy.capacity)
+        for layer in LAYERS:
+            ids = router(rng, 2, k=3)
+            consume(disk, store.stream(layer, ids), layer, ids)
+        assert store.slots == 12
+    assert sizes == [12, 7, 10, 6, 12]
+    store.slots = 8
+    store.lend(2)
+    assert store.policy.capacity == store.usable == 6
+    check_idle(store)
+
+
 def test_the_size_outlives_a_reset(disk, reader):  # noqa: F811
     store = make(disk, reader, 8)
     ids = np.array([[4, 1, 2]], np.int32)
@@ -107,27 +124,54 @@ def test_the_least_probable_go_first_and_slots_come_back(seed):
     policy.pin(19)
     ranked = sorted(range(19), key=policy.probability, reverse=True)
     slot_of = list(policy.slot_of)
-    given_up = policy.resize(8)
+    given_up, moves = policy.resize(8)
     kept = {key for key in range(20) if policy.slot_of[key] != NO_SLOT}
     assert kept == {*ranked[:7], 19}
-    assert sorted(given_up) == sorted(slot_of[key] for key in range(20) if key not in kept)
-    for key in ranked[:7]:
+    assert len(given_up) == 11  # one is pinned among the last
+    where = dict(moves)
+    assert len(where) == len(moves)
+    for key in kept:
+        assert policy.slot_of[key] == where.get(slot_of[key], slot_of[key])
+    held = {policy.slot_of[key] for key in kept}
+    assert len(held) == 8
+    assert held.isdisjoint(given_up)
+    assert held - {slot_of[19]} <= set(range(8))  # what is pinned stays where it is
+    policy.release([19])
+    assert policy.resize(8) == ([19], [(19, min(set(range(8)) - held))])
+    for key in kept:
         policy.pin(key)
-    assert len(policy.resize(3)) == 0
+    assert policy.resize(3) == ([], [])
     assert policy.capacity == 8
-    assert policy.resize(20) == []
+    assert policy.resize(20) == ([], [])
     assert policy.free() == 12
 
 
 def test_memory_goes_back_to_the_system_and_other_slots_keep_their_bytes():
     arena = Arena(40, (1 << 20) + 5000)  # no multiple of a huge page
-    arena.memory[:] = 7
     process, nbytes = psutil.Process(), arena.slot_nbytes
-    before = process.memory_info().rss
-    gone = range(0, 40, 2)
-    arena.discard(gone)
-    assert before - process.memory_info().rss > 0.9 * len(gone) * nbytes
     slots = arena.memory.reshape(40, nbytes)
-    assert (slots[1::2] == 7).all()
-    slots[::2] = 9
-    assert (slots[1::2] == 7).all()
+    slots[:] = np.arange(40, dtype=np.uint8)[:, None]
+    before = process.memory_info().rss
+    arena.move([(38, 3), (39, 7)])
+    gone = [*range(20, 40), 1]
+    arena.discard(reversed(gone))
+    assert before - process.memory_info().rss > 0.9 * len(gone) * nbytes
+    expected = [*range(20)]
+    expected[3], expected[7] = 38, 39
+    kept = [i for i in range(20) if i != 1]
+    assert (slots[kept] == np.array(expected, np.uint8)[kept][:, None]).all()
+    slots[gone] = 99
+    assert (slots[kept] == np.array(expected, np.uint8)[kept][:, None]).all()
+
+
+def test_what_is_given_up_lies_together(disk, reader):  # noqa: F811
+    """Or huge pages would keep most of it."""
+    store = make(disk, reader, 12)
+    rng = np.random.default_rng(0)
+    for slots in (12, 7, 9, 4, 12, 5):
+        store.slots = slots
+        for layer in LAYERS:
+            ids = router(rng, 2, k=3)
+            consume(disk, store.stream(layer, ids), layer, ids)
+        assert store.policy.capacity == slots
+        assert max(store.policy.slot_of) < slots

@@ -71,11 +71,34 @@ def test_an_automatic_chunk_is_long_where_experts_are_streamed() -> None:
         budget = base.fixed + int(room * (long.scratch - base.scratch)) + slack
         return planned(tiny, dataclasses.replace(run, **other), budget, most_slots).prefill_chunk
 
-    assert [chosen(room, cache="none") for room in (0.5, 3, 5)] == [512, 1024, 2048]
+    assert [chosen(room, cache="none") for room in (0.5, 3, 5, 10)] == [512, 1024, 2048, 4096]
     assert chosen(5, cache="page") == 2048
     assert (chosen(3, base.experts - 1), chosen(5, base.experts - 1)) == (1024, 2048)
     assert chosen(5) == 512  # every expert stays in memory
     assert chosen(5, cache="none", prefill_chunk=300) == 300  # what is asked for wins
+
+
+def test_sweeps_borrow_from_the_slots_where_experts_are_streamed() -> None:
+    tiny = golden("qwen3_5-mlx4")
+    run = RunConfig(max_batch=2, context=64, prefill_chunk=2048)
+    whole = planned(tiny, run)
+    assert whole.borrowed == 0
+    assert whole.borrowed_slots(2048) == 0
+    assert planned(tiny, dataclasses.replace(run, cache="none")).borrowed == 0
+    slack = 8 << 20
+    least = whole.scratch // 8
+    for room in (0.5, 2.0, 6.0):  # times what a sweep needs
+        budget = whole.fixed - whole.scratch + least + int(room * whole.scratch) + slack
+        plan = planned(tiny, run, budget, whole.experts - 1)
+        assert plan.borrowed <= plan.arena
+        assert plan.scratch + plan.borrowed == whole.scratch
+        assert plan.total <= plan.budget
+        for rows in (1, 2, 34, 35, 100, 1000, 2048, 2050):
+            chunk = max(1, rows - plan.max_batch)
+            needed = planned(tiny, dataclasses.replace(run, prefill_chunk=chunk, cache="none"), whole.budget).scratch
+            assert plan.scratch + plan.borrowed_slots(rows) * plan.slot_nbytes >= needed
+        assert plan.borrowed_slots(2) == 0
+        assert (plan.borrowed_slots(10**6) - 1) * plan.slot_nbytes < plan.borrowed
 
 
 def test_a_small_budget_gets_a_short_chunk() -> None:

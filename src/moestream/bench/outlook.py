@@ -68,7 +68,7 @@ def outlook(
         exact: float32 activations.
     """
     missed = (1 - hit_rate) * demand.expert_bytes
-    held = min(1.0, plan.slots / plan.experts) if plan.experts else 1.0
+    held = min(1.0, max(0.0, 1 - plan.streamed / (plan.experts * plan.slot_nbytes))) if plan.experts else 1.0
     swept = min(1.0, chunk * demand.expert_bytes / experts_nbytes) * (1 - held) * experts_nbytes if plan.experts else 0
     facts: dict[str, Any] = {
         "expected_hit_rate": hit_rate,
@@ -115,7 +115,8 @@ def outlook_lines(f: dict[str, Any], plan: MemoryPlan, floor: int, largest: int)
         ),
         (
             "a prompt",
-            f"in sweeps of {f['prefill_chunk']} tokens; one reads at most about {format_size(f['read_per_chunk'])}",
+            f"in sweeps of {f['prefill_chunk']} tokens; one reads at most about {format_size(f['read_per_chunk'])}"
+            + (f" and borrows {format_size(plan.borrowed)} of the slots' memory" if plan.borrowed else ""),
         ),
     ]
     if "decode_limit" in f:

@@ -164,7 +164,7 @@ def tune(
     return StoredPlan(
         cache=best.cache,
         slots=best.slots,
-        ram=plan.fixed + best.slots * plan.slot_nbytes,
+        ram=plan.fixed + (plan.borrowed if best.cache == "page" else 0) + best.slots * plan.slot_nbytes,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine_fingerprint(),
         model=model_fingerprint(folder),
@@ -307,7 +307,7 @@ class _Tuner:
         store.on_route = lambda layer, ids: self._routed.append((layer, ids.copy()))
         old.model.experts = store
         old.model.read_ahead = None if self._run.prefetch == "off" else store
-        old.model.make_room = None  # these prompts are short
+        old.model.lend_for = None  # these prompts are short
         self.runtime = replace(old, store=store, reader=reader)
 
     def _fill(self, candidate: Candidate, until: float) -> float:

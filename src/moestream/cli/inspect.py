@@ -119,15 +119,17 @@ def lines(f: dict[str, Any]) -> list[str]:
         rows += [
             ("memory", f"{format_size(m['total'])} of a budget of {format_size(m['budget'])}"),
             ("", f"{format_size(m['dense'])} dense, {format_size(m['states'])} states for {m['context']} tokens,"),
-            (
-                "",
-                f"{format_size(m['scratch'])} working memory, {format_size(m['borrowed'])} more in sweeps of "
-                f"{m['prefill_chunk']} tokens, of the slots,",
-            ),
+            ("", f"{format_size(m['scratch'])} working memory,"),
             ("", f"{format_size(m['baseline'])} process,"),
             ("", f"{format_size(m['arena'])} slots: room for {held}"),
+            ("a prompt", f"in sweeps of {m['prefill_chunk']} tokens{borrows(m['borrowed'])}"),
         ]
     return [f"{name:10}{text}" for name, text in rows]
+
+
+def borrows(nbytes: int) -> str:
+    """What a sweep takes from the slots, if anything."""
+    return f", which borrow {format_size(nbytes)} of the slots' memory" if nbytes else ""
 
 
 def _count(parameters: int) -> str:

@@ -108,7 +108,7 @@ PrefillChunk = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Prompt tokens of one sweep over the layers. Default: 512, up to 2048 where experts are streamed and "
+        help="Prompt tokens of one sweep over the layers. Default: 512, up to 4096 where experts are streamed and "
         "there is memory for it.",
         rich_help_panel=MODEL,
         show_default=False,

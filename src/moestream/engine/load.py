@@ -64,12 +64,17 @@ class Runtime:
     watch: MemoryWatch | None
     """What lets the cache give way where nobody named a budget."""
 
+    @property
+    def slots(self) -> int:
+        """Experts that fit in memory together now."""
+        return min(self.plan.slots, self.store.slots)
+
     def receipt(self, sequence: Sequence) -> Receipt:
         """The account of a finished sequence."""
         assert sequence.finish_reason is not None
         return Receipt.of(
             sequence.usage,
-            dataclasses.replace(self.setup, slots=min(self.setup.slots, self.store.slots)),
+            dataclasses.replace(self.setup, slots=self.slots),
             prompt_tokens=len(sequence.prompt),
             new_tokens=len(sequence.tokens),
             cached_tokens=sequence.cached,
@@ -126,7 +131,7 @@ def load_runtime(
         read = _resident_reader(checkpoint, reader, progress)
         model = load_model(checkpoint, config, weights, ops, store, read, run.active_experts, plan.embed_on_disk)
         model.read_ahead = None if run.prefetch == "off" else store
-        model.make_room = lambda rows: store.lend(plan.borrowed_slots(rows))
+        model.lend_for = lambda rows: store.lend(plan.borrowed_slots(rows))
     except BaseException:
         reader.close()
         raise

@@ -65,12 +65,23 @@ class Arena:
         self.memory: U8 = np.frombuffer(self._map, np.uint8)[self._start :][: slots * self.slot_nbytes]
         self.address = self.memory.ctypes.data
 
+    def move(self, moves: Iterable[tuple[int, int]]) -> None:
+        """Copy slots, (from, to), in this order."""
+        slots = self.memory.reshape(self.slots, self.slot_nbytes)
+        for source, target in moves:
+            slots[target] = slots[source]
+
     def discard(self, slots: Iterable[int]) -> None:
-        """Give the memory of slots whose bytes nobody needs back to the system; it is taken again when written."""
-        for slot in slots:
-            first = self._start + slot * self.slot_nbytes
+        """Give the memory of slots whose bytes nobody needs back to the system; it is taken again when written.
+
+        Neighbours are given back together: the system gets little of a huge page that is used in part.
+        """
+        ordered = sorted(slots)
+        ends = [i for i, slot in enumerate(ordered) if i + 1 == len(ordered) or ordered[i + 1] != slot + 1]
+        for begin, end in zip([0, *(i + 1 for i in ends)], ends, strict=False):
+            first = self._start + ordered[begin] * self.slot_nbytes
             start = first + -first % mmap.PAGESIZE
-            whole = (first + self.slot_nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+            whole = (self._start + (ordered[end] + 1) * self.slot_nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
             if whole > 0 and _GIVE_BACK is not None:
                 self._map.madvise(_GIVE_BACK, start, whole)
 

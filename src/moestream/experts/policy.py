@@ -184,26 +184,33 @@ class LFRU:
                 return
             self._evict(victim)
 
-    def resize(self, slots: int) -> list[int]:
-        """Use so many slots, of those it was made with, as far as what is pinned allows.
+    def resize(self, slots: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """Use the first so many slots, of those it was made with, as far as what is pinned allows.
 
         Returns:
-            The slots given up, which hold nothing any more: the least probable keys went.
+            The slots given up, which hold nothing any more: the least probable keys went. And the moves, (from, to),
+            that the bytes of others must make before, out of the last slots.
         """
-        given_up: list[int] = []
-        while self.capacity > slots:
-            if not self._free:
-                victim = self._victim()
-                if victim is None:
-                    break
-                self._evict(victim)
-            given_up.append(self._free.pop())
-            self.capacity -= 1
-        self._retired += given_up
-        while self.capacity < slots and self._retired:
+        while self._retired and self.capacity < slots:
             self._free.append(self._retired.pop())
             self.capacity += 1
-        return given_up
+        if self.capacity <= slots:
+            return [], []
+        while len(self._free) < self.capacity - slots and (victim := self._victim()) is not None:
+            self._evict(victim)
+        low = [slot for slot in self._free if slot < slots]
+        given_up = [slot for slot in self._free if slot >= slots]
+        moves: list[tuple[int, int]] = []
+        for key, slot in enumerate(self.slot_of):
+            if slot >= slots and not self.pinned[key] and low:
+                moves.append((slot, low.pop()))
+                self.slot_of[key] = moves[-1][1]
+                given_up.append(slot)
+        given_up.sort(reverse=True)
+        self._free = low
+        self._retired += given_up
+        self.capacity -= len(given_up)
+        return given_up, moves
 
     def discard(self, key: int) -> None:
         """Free the slot of a key whose bytes did not arrive, whoever pins it."""

@@ -173,8 +173,8 @@ class ExpertStore:
 
     @property
     def usable(self) -> int:
-        """Slots to use from the next layer on."""
-        return max(1, self.slots - self._lent)
+        """Slots to use from the next layer on: those that are not lent, at least half."""
+        return max(-(-self.slots // 2), self.slots - self._lent)
 
     def lend(self, slots: int) -> None:
         """Do without the memory of so many slots until told otherwise: a pass that begins now needs it."""
@@ -189,7 +189,9 @@ class ExpertStore:
             self._residents = None  # from now on experts come and go
         if slots < policy.capacity and self._rested is not None:  # others need some beside what is held for it
             slots = min(policy.capacity, max(slots, policy.capacity - policy.spare() + LANDING_SLOTS))
-        self.arena.discard(policy.resize(slots))
+        given_up, moves = policy.resize(slots)
+        self.arena.move(moves)
+        self.arena.discard(given_up)
         self._make_way()
 
     def _sweeps(self) -> bool:

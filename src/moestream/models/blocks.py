@@ -94,8 +94,8 @@ class Scratch:
     rows: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def fit(self, rows: int) -> None:
-        """Give memory back that a pass of so many rows leaves unused for the most part."""
-        if len(self.rows) > max(2 * rows, FEW_ROWS):
+        """Give memory back that a pass of so many rows does not need."""
+        if len(self.rows) > max(rows, FEW_ROWS):
             self.rows = np.empty((0, 0), np.float32)
             trim_heap()
 

@@ -69,7 +69,7 @@ class TableOnDisk:
 
     def _announce(self, extent: Extent, tokens: list[int]) -> None:
         """Let the system begin with all reads, so that they do not wait for each other."""
-        if len(tokens) > 1 and hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise"):
             nbytes = extent.nbytes // self._spec.layout.rows
             for token in tokens:
                 start = extent.offset + token * nbytes

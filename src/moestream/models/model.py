@@ -46,7 +46,7 @@ class Model:
         observe: called with (layer, residual [T, H]) after each layer; for tests.
         router_override: imposes expert ids; for benchmarks that need a given routing.
         read_ahead: told what the next layer will probably choose; None: nothing is predicted.
-        make_room: told how many rows are under way as a pass begins; what it needs memory for must have room then.
+        lend_for: told how many rows are under way as a pass begins; their working memory must be free when it returns.
         predict_override: imposes predictions, as ``router_override`` imposes what they predict; without it an imposed
             routing is not predicted.
     """
@@ -74,7 +74,7 @@ class Model:
         self.router_override: RouterOverride | None = None
         self.read_ahead: ReadAhead | None = None
         self.predict_override: RouterOverride | None = None
-        self.make_room: Callable[[int], None] | None = None
+        self.lend_for: Callable[[int], None] | None = None
         self._weights = weights
         self._scratch: Scratch | None = None  # while no pass has it
         self._rows = 0  # of passes that run or rest
@@ -120,16 +120,16 @@ class Model:
     def _pieces(self, batch: Batch) -> Generator[str, None, F32]:
         for segment in batch.segments:
             segment.states.reserve(segment.length)
-        scratch, self._scratch = self._scratch or Scratch(), None
-        self._rows += len(batch.ids)
+        scratch, self._scratch, rows = self._scratch or Scratch(), None, len(batch.ids)
+        self._rows += rows
         try:
-            scratch.fit(len(batch.ids) * self.active_experts)
-            if self.make_room is not None:
-                self.make_room(self._rows)
+            scratch.fit(rows * self.active_experts)
+            if self.lend_for is not None:
+                self.lend_for(self._rows)
             x = yield from self._residual(batch, scratch)
         finally:
-            self._rows -= len(batch.ids)
             self._scratch = scratch
+            self._rows -= rows
         logits = self._logits(x, batch.logits_rows)
         for segment in batch.segments:
             segment.states.length += segment.length

@@ -56,7 +56,7 @@ class Live:
             "time": now,
             "experts": runtime.store.experts,
             "cells": base64.b64encode(activity.cells(runtime.store).tobytes()).decode(),
-            "slots": runtime.store.slots,
+            "slots": runtime.slots,
             "slot_bytes": runtime.setup.slot_bytes,
             "cache": runtime.setup.cache,
             "running": running,

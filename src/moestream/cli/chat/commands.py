@@ -177,7 +177,7 @@ class Commands:
                 f"model     {self._session.model} ({runtime.folder})",
                 f"experts   {config.moe.experts} a layer; {used}",
                 f"context   {runtime.engine.context} tokens; {setup.backend}",
-                f"cache     {setup.cache}, {runtime.store.slots} slots",
+                f"cache     {setup.cache}, {runtime.slots} slots",
             ]
         )
 
