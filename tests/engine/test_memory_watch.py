@@ -1,5 +1,6 @@
 """The cache gives way to others, and comes back when they are gone."""
 
+import dataclasses
 import gc
 import threading
 import time
@@ -16,6 +17,7 @@ from moestream.config import RunConfig
 from moestream.engine import memory_watch
 from moestream.engine.load import load_runtime
 from moestream.engine.memory_watch import PATIENCE, MemoryWatch
+from moestream.experts.store import ExpertStore
 
 KEPT = 900
 
@@ -166,6 +168,29 @@ def test_only_a_budget_that_nobody_named_is_watched(tiny, monkeypatch):
     runtime = load_runtime(tiny.folder, RunConfig())
     assert runtime.watch is None
     runtime.close()
+
+
+@pytest.mark.parametrize("tiny", ["qwen3-f16-single"], indirect=True)
+def test_a_loaded_model_borrows_for_its_sweeps(tiny, monkeypatch):
+    run = RunConfig(max_batch=1, context=300, prefill_chunk=256)
+    whole = load_runtime(tiny.folder, run)
+    plan, lent, lend = whole.plan, [], ExpertStore.lend
+    whole.close()
+    monkeypatch.setattr(ExpertStore, "lend", lambda store, slots: (lent.append(slots), lend(store, slots)))
+    runtime = load_runtime(tiny.folder, dataclasses.replace(run, ram=plan.fixed + plan.arena * 3 // 4 + (2 << 20)))
+    try:
+        sequence = runtime.engine.add([7] * 250, dataclasses.replace(PARAMS, max_tokens=3))
+        capacities = []
+        while not runtime.engine.idle:
+            runtime.engine.step()
+            capacities.append(runtime.store.policy.capacity)
+        borrowed = runtime.plan.borrowed_slots(250)
+        assert borrowed > 0
+        assert lent == [borrowed, 0, 0]
+        assert capacities == [runtime.plan.slots - borrowed, runtime.plan.slots, runtime.plan.slots]
+        assert len(sequence.tokens) == 3
+    finally:
+        runtime.close()
 
 
 def test_a_watch_ends_with_its_store(monkeypatch):

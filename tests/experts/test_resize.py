@@ -49,7 +49,7 @@ def test_a_sweep_at_rest_keeps_what_it_has_not_used(disk, reader, monkeypatch): 
         other = router(rng, 1, k=2)
         consume(disk, store.stream(2, other), 2, other)
         assert all(store.policy.slot_of[key] != NO_SLOT for key in held)
-        assert 2 < store.policy.capacity <= len(held) + 2
+        assert 2 < store.policy.capacity <= 2 * len(held) + 2  # each may lie among the last
     rest += consume_some(stream, ALL)
     assert sorted(rest) == sorted(np.unique(ids))
     again = router(rng, 1, k=2)
@@ -82,6 +82,17 @@ def test_a_model_that_fitted_streams_when_it_no_longer_does(disk, reader):  # no
     for layer in LAYERS:
         consume(disk, store.stream(layer, ids), layer, ids)
     assert (store.stats() - before).bytes_read == 0
+    check_slots(store)
+
+
+def test_more_slots_than_experts_may_go_too(disk, reader):  # noqa: F811
+    store = make(disk, reader, ALL + 9)
+    everything = np.arange(EXPERTS, dtype=np.int32)[None]
+    for slots in (ALL + 9, ALL + 2, ALL, ALL + 9):
+        store.slots = slots
+        for layer in (*LAYERS, *LAYERS):
+            consume(disk, store.stream(layer, everything), layer, everything)
+    assert store.stats().misses == ALL
     check_slots(store)
 
 

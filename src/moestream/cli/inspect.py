@@ -100,7 +100,7 @@ def lines(f: dict[str, Any]) -> list[str]:
         ("layers", ", ".join(f"{n} x {kind}" for kind, n in f["layers"].items()) + f"; hidden size {f['hidden_size']}"),
         ("experts", f"{f['experts']} a layer of width {f['expert_width']}, {f['experts_per_token']} per token{shared}"),
         ("encoding", f"experts {', '.join(f['expert_encodings'])}; dense {', '.join(f['dense_encodings'])}"),
-        ("dense", f"{format_size(f['dense_bytes'])} resident ({_count(f['dense_parameters'])} parameters)"),
+        ("dense", f"{format_size(f['dense_bytes'])} ({_count(f['dense_parameters'])} parameters)"),
         (
             "streamed",
             f"{format_size(f['experts_bytes'])} in {f['files']} files, {format_size(f['expert_bytes'])} an expert",

@@ -133,7 +133,7 @@ class ExpertStore:
             raise ValueError(f"layer {layer} has no experts")
         if self.on_route is not None:
             self.on_route(layer, ids)
-        if self.policy.capacity != self.usable:
+        if self.policy.capacity != self.usable and (self._rested is None or layer <= turn.layer):
             self.resize()
         self._begin(layer, len(ids))
         self._stream_began = time.perf_counter()
@@ -185,8 +185,8 @@ class ExpertStore:
     def resize(self) -> None:
         """Use as many slots as are usable, as far as a pass at rest allows; only while no wave is in use."""
         slots, policy = self.usable, self.policy
-        if slots < len(self._layer_of_key):
-            self._residents = None  # from now on experts come and go
+        if slots < policy.capacity:
+            self._residents = None  # from now on experts come, go and move
         if slots < policy.capacity and self._rested is not None:  # others need some beside what is held for it
             slots = min(policy.capacity, max(slots, policy.capacity - policy.spare() + LANDING_SLOTS))
         given_up, moves = policy.resize(slots)
