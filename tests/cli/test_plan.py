@@ -25,7 +25,24 @@ from moestream.plan import MemoryPlan
 needs_native = pytest.mark.skipif(
     importlib.util.find_spec("moestream._native") is None, reason="--measure probes with native code"
 )
-PLAN = MemoryPlan(10**9, 0, 0, 0, 0, 0, 1000, 100, 4, 400, 64, 1, 10**6, 512)
+PLAN = MemoryPlan(
+    budget=10**9,
+    baseline=0,
+    dense=0,
+    embed_on_disk=True,
+    states=0,
+    scratch=0,
+    borrowed=0,
+    prefixes=0,
+    slot_nbytes=1000,
+    slots=100,
+    slots_minimum=4,
+    experts=400,
+    context=64,
+    max_batch=1,
+    token_nbytes=10**6,
+    prefill_chunk=512,
+)
 
 
 @pytest.fixture
@@ -59,6 +76,11 @@ def test_ceilings_are_those_of_the_resource_that_needs_longest():
     text = "\n".join(outlook_lines(cached, PLAN, floor=30, largest=200))
     assert "decode 20.0 tok/s (memory)" in text
     assert "above it" in text
+    assert "borrows" not in text
+    lending = dataclasses.replace(PLAN, borrowed=20_000)  # 20 of the 100 slots
+    facts = outlook(lending, demand, 0.5, 512, 20 * 10**9, (disk, compute), exact=False)
+    assert facts["read_per_chunk"] == 16e9
+    assert "borrows 20.0 KB of the slots' memory" in "\n".join(outlook_lines(facts, lending, floor=30, largest=200))
 
 
 @needs_native

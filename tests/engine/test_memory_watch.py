@@ -172,12 +172,13 @@ def test_only_a_budget_that_nobody_named_is_watched(tiny, monkeypatch):
 
 @pytest.mark.parametrize("tiny", ["qwen3-f16-single"], indirect=True)
 def test_a_loaded_model_borrows_for_its_sweeps(tiny, monkeypatch):
+    monkeypatch.setattr("moestream.plan.rss", lambda: 10**8)  # which would change between the two plans
     run = RunConfig(max_batch=1, context=300, prefill_chunk=256)
     whole = load_runtime(tiny.folder, run)
     plan, lent, lend = whole.plan, [], ExpertStore.lend
     whole.close()
     monkeypatch.setattr(ExpertStore, "lend", lambda store, slots: (lent.append(slots), lend(store, slots)))
-    runtime = load_runtime(tiny.folder, dataclasses.replace(run, ram=plan.fixed + plan.arena * 3 // 4 + (2 << 20)))
+    runtime = load_runtime(tiny.folder, dataclasses.replace(run, ram=plan.fixed + plan.arena * 3 // 4))
     try:
         sequence = runtime.engine.add([7] * 250, dataclasses.replace(PARAMS, max_tokens=3))
         capacities = []
