@@ -129,7 +129,6 @@ def plan_memory(
     dense = sum(matrices.values()) + _vectors_nbytes(weights)
     resident = {"baseline": rss() + RUNTIME_NBYTES, "dense": dense}
     sequence = context * nbytes_per_token(config, ops.exact) + nbytes_fixed(config)
-
     prefixes = budget // PREFIX_SHARE if run.prefix_cache is None else run.prefix_cache
     experts = len(tables) * config.moe.experts
     minimum = active if tables else 0
@@ -140,8 +139,11 @@ def plan_memory(
     def fixed_with(states: int, scratch: int) -> dict[str, int]:
         return {**resident, "states": states, "scratch": scratch, "prefixes": prefixes}
 
-    def left_with(scratch: int) -> int:
-        return budget - sum(fixed_with(states, scratch).values())
+    def left_with(chunk: int) -> int:
+        return budget - sum(fixed_with(states, scratch_of(chunk)).values())
+
+    def streams() -> bool:
+        return wanted < experts or left_with(CHUNK) // slot < experts
 
     full = batch = run.max_batch or DEFAULT_BATCH
     while full > 1 and not _leaves_room(budget, fixed_with(full * sequence, scratch_of(run.prefill_chunk or CHUNK))):
@@ -152,17 +154,15 @@ def plan_memory(
     wanted = experts if most_slots is None else max(minimum, min(experts, most_slots))
     if run.cache in ("page", "none") and tables:  # slots only receive the reads of one layer
         wanted = min(config.moe.experts, max(active * batch, run.io_threads))
-    streams = wanted < experts or left_with(scratch_of(CHUNK)) // slot < experts
-    embed_on_disk = streams and weights.head is not None
+    embed_on_disk = streams() and weights.head is not None
     if embed_on_disk:
         resident["dense"] -= matrices[weights.embed.name]
-        streams = wanted < experts or left_with(scratch_of(CHUNK)) // slot < experts
-    chunk = run.prefill_chunk or _choose_chunk(lambda n: left_with(scratch_of(n)), minimum * slot, streams)
-    scratch, left = scratch_of(chunk), left_with(scratch_of(chunk))
+    chunk = run.prefill_chunk or _choose_chunk(left_with, minimum * slot, streams())
+    scratch, left = scratch_of(chunk), left_with(chunk)
     if left < minimum * slot:
         raise _too_small(budget, fixed_with(states, scratch), minimum * slot, context)
     borrowed = 0
-    if streams and run.cache not in ("page", "none"):
+    if streams() and run.cache not in ("page", "none"):
         least = scratch_of(min(chunk, SWEEP_ROWS))
         borrowed = max(0, min(scratch - least, left // (SCRATCH_SHARE - 1), wanted * slot - left))
     return MemoryPlan(

@@ -30,18 +30,29 @@ def make(tiny, ops, experts, **kwargs):
     return Engine(model, vocab_size=model.config.vocab_size, context=256, **kwargs)
 
 
-def run(engine, prompts, params=PARAMS):
-    sequences = [engine.add(p, params) for p in prompts]
+def run(engine, prompts, params=PARAMS, apart=0):
+    """Sequences that have ended; each was added so many steps after the one before."""
+    sequences = []
+    for prompt in prompts:
+        sequences.append(engine.add(prompt, params))
+        for _ in range(apart):
+            engine.step()
     while not engine.idle:
         engine.step()
     return sequences
 
 
+def check_replies(engine, tiny, apart=0):
+    """What ``transformers`` generates, whatever runs beside it."""
+    sequences = run(engine, [tiny.ids(p)[:-GREEDY] for p in PROMPTS], apart=apart)
+    for sequence, p in zip(sequences, PROMPTS, strict=True):
+        assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+
+
 @pytest.mark.parametrize(("max_batch", "chunk"), [(1, 512), (3, 512), (2, 37)])
 def test_generates_what_transformers_generates(tiny, exact_ops, experts, max_batch, chunk):
     engine = make(tiny, exact_ops, experts, max_batch=max_batch, prefill_chunk=chunk)
-    for sequence, p in zip(run(engine, [tiny.ids(p)[:-GREEDY] for p in PROMPTS]), PROMPTS, strict=True):
-        assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+    check_replies(engine, tiny)
 
 
 def test_rests_between_layers_change_nothing(tiny, exact_ops, experts):
@@ -49,15 +60,7 @@ def test_rests_between_layers_change_nothing(tiny, exact_ops, experts):
     ticks = itertools.count()
     pace = Pace(0.0, lambda: float(next(ticks)))
     engine = make(tiny, exact_ops, experts, max_batch=3, prefill_chunk=37, pace=pace)
-    sequences = []
-    for p in PROMPTS:
-        sequences.append(engine.add(tiny.ids(p)[:-GREEDY], PARAMS))
-        for _ in range(3):
-            engine.step()
-    while not engine.idle:
-        engine.step()
-    for sequence, p in zip(sequences, PROMPTS, strict=True):
-        assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+    check_replies(engine, tiny, apart=3)
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -6,10 +6,10 @@ import random
 import pytest
 from golden_models import GREEDY, PROMPTS
 from streamed import BadSectors, check_idle
+from test_engine_models import PARAMS, check_replies, run
 
 from moestream.engine.engine import Engine
 from moestream.engine.pace import Pace
-from moestream.engine.sampling import SamplingParams
 from moestream.engine.state_budget import StateBudget
 from moestream.errors import ReadError
 from moestream.experts.store import ExpertStore
@@ -17,7 +17,6 @@ from moestream.models.registry import parse_config
 from moestream.models.weights import map_weights
 
 pytestmark = pytest.mark.parametrize("tiny", ["qwen3-f16-single", "qwen3_5-f32-single"], indirect=True)
-PARAMS = SamplingParams(temperature=0, max_tokens=GREEDY, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +44,7 @@ def alone(tiny, exact_ops):
 
 
 def run_alone(engine, prompt):
-    sequence = engine.add(prompt, PARAMS)
-    while not engine.idle:
-        engine.step()
-    return sequence.tokens
+    return run(engine, [prompt])[0].tokens
 
 
 def make(tiny, ops, disk, slots, **kwargs):
@@ -67,15 +63,7 @@ def make(tiny, ops, disk, slots, **kwargs):
 @pytest.mark.parametrize("slots", [3, 8, 20])
 def test_generates_what_transformers_generates(tiny, exact_ops, disk, slots):
     engine, store = make(tiny, exact_ops, disk, slots, prefill_chunk=70)
-    sequences = []
-    for p in PROMPTS:
-        sequences.append(engine.add(tiny.ids(p)[:-GREEDY], PARAMS))
-        for _ in range(3):
-            engine.step()
-    while not engine.idle:
-        engine.step()
-    for sequence, p in zip(sequences, PROMPTS, strict=True):
-        assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+    check_replies(engine, tiny, apart=3)
     check_idle(store)
 
 
@@ -89,15 +77,7 @@ def test_sweeps_borrow_slots_and_give_them_back(tiny, exact_ops, disk):
         store.lend(rows // 8)
 
     engine._model.lend_for = lend_for
-    sequences = []
-    for p in PROMPTS:
-        sequences.append(engine.add(tiny.ids(p)[:-GREEDY], PARAMS))
-        for _ in range(3):
-            engine.step()
-    while not engine.idle:
-        engine.step()
-    for sequence, p in zip(sequences, PROMPTS, strict=True):
-        assert sequence.tokens == tiny.ids(p)[-GREEDY:].tolist()
+    check_replies(engine, tiny, apart=3)
     assert (min(asked), max(asked)) == (1, 70)
     assert engine._model._rows == 0
     assert store.usable == 20

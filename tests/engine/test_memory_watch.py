@@ -8,9 +8,10 @@ import weakref
 
 import numpy as np
 import pytest
-from golden_models import GREEDY, PROMPTS
+from golden_models import GREEDY
 from streamed import BadSectors, check_idle
-from test_engine_streaming import PARAMS, make, run_alone
+from test_engine_models import PARAMS, check_replies
+from test_engine_streaming import make, run_alone
 
 from moestream import system
 from moestream.config import RunConfig
@@ -127,7 +128,6 @@ def test_replies_stay_right_whatever_is_given_up_meanwhile(tiny, exact_ops, monk
     monkeypatch.setattr(memory_watch, "_SECONDS", 0.0005)
     disk = BadSectors()
     engine, store = make(tiny, exact_ops, disk, 60, prefill_chunk=70)
-    expected = [tiny.ids(p)[-GREEDY:].tolist() for p in PROMPTS]
     random, sizes = np.random.default_rng(0), set()
 
     def available():
@@ -139,14 +139,8 @@ def test_replies_stay_right_whatever_is_given_up_meanwhile(tiny, exact_ops, monk
     watch.start()
     try:
         for _ in range(3):
-            sequences = []
-            for p in PROMPTS:
-                sequences.append(engine.add(tiny.ids(p)[:-GREEDY], PARAMS))
-                engine.step()
-            while not engine.idle:
-                engine.step()
-            assert [s.tokens for s in sequences] == expected
-        assert run_alone(engine, tiny.ids(0)[:-GREEDY]) == expected[0]
+            check_replies(engine, tiny, apart=1)
+        assert run_alone(engine, tiny.ids(0)[:-GREEDY]) == tiny.ids(0)[-GREEDY:].tolist()
     finally:
         watch.close()
         disk.close()

@@ -122,14 +122,13 @@ def lines(f: dict[str, Any]) -> list[str]:
             ("", f"{format_size(m['scratch'])} working memory,"),
             ("", f"{format_size(m['baseline'])} process,"),
             ("", f"{format_size(m['arena'])} slots: room for {held}"),
-            ("a prompt", f"in sweeps of {m['prefill_chunk']} tokens{borrows(m['borrowed'])}"),
+            (
+                "a prompt",
+                f"in sweeps of {m['prefill_chunk']} tokens"
+                + (f", which borrow {format_size(m['borrowed'])} of the slots' memory" if m["borrowed"] else ""),
+            ),
         ]
     return [f"{name:10}{text}" for name, text in rows]
-
-
-def borrows(nbytes: int) -> str:
-    """What a sweep takes from the slots, if anything."""
-    return f", which borrow {format_size(nbytes)} of the slots' memory" if nbytes else ""
 
 
 def _count(parameters: int) -> str:

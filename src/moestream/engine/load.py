@@ -5,12 +5,12 @@ Nothing large is allocated before the plan fits the budget.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import warnings
 from collections import abc
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -41,7 +41,7 @@ from moestream.ops.base import U8, Ops
 from moestream.ops.reference import ReferenceOps
 from moestream.plan import MemoryPlan, plan_memory
 from moestream.stored_plan import follow, model_fingerprint
-from moestream.system import cpu_count, default_budget, kept_free, memory, peak_rss
+from moestream.system import cpu_count, kept_free, memory, peak_rss
 
 PREFIX_VARIABLE = "MOESTREAM_PREFIXES"
 """Environment variable: another folder for the files of the prefix cache."""
@@ -49,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what, bytes done, bytes in all)."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Runtime:
     """A loaded model and everything it runs on."""
 
@@ -74,7 +74,7 @@ class Runtime:
         assert sequence.finish_reason is not None
         return Receipt.of(
             sequence.usage,
-            dataclasses.replace(self.setup, slots=self.slots),
+            replace(self.setup, slots=self.slots),
             prompt_tokens=len(sequence.prompt),
             new_tokens=len(sequence.tokens),
             cached_tokens=sequence.cached,
@@ -124,7 +124,7 @@ def load_runtime(
     ops = choose_ops(run, threads)
     most_slots = None if stored is None else stored.slots
     kept = None if run.ram else kept_free(memory().available)
-    plan = plan_memory(weights, config, run, ops, run.ram or default_budget(), most_slots)
+    plan = plan_memory(weights, config, run, ops, most_slots=most_slots)
     reader = make_reader(run.io_threads)
     try:
         store = make_store(checkpoint, weights, config, plan.slots, run.cache, reader)

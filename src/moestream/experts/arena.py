@@ -76,12 +76,11 @@ class Arena:
 
         Neighbours are given back together: the system gets little of a huge page that is used in part.
         """
-        ordered = sorted(slots)
-        ends = [i for i, slot in enumerate(ordered) if i + 1 == len(ordered) or ordered[i + 1] != slot + 1]
-        for begin, end in zip([0, *(i + 1 for i in ends)], ends, strict=False):
-            first = self._start + ordered[begin] * self.slot_nbytes
+        ordered = np.array(sorted(slots), np.int64)
+        for run in np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1) if ordered.size else ():
+            first = self._start + int(run[0]) * self.slot_nbytes
             start = first + -first % mmap.PAGESIZE
-            whole = (self._start + (ordered[end] + 1) * self.slot_nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+            whole = (first + run.size * self.slot_nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
             if whole > 0 and _GIVE_BACK is not None:
                 self._map.madvise(_GIVE_BACK, start, whole)
 
